@@ -1,0 +1,104 @@
+"""Products of a batch with a few atoms per row: `analyse` takes inner products, `synthesise` takes sums.
+
+They are adjoint, <analyse(x), f> = <x, synthesise(f)>, and each is the other's gradient, so a backward pass touches the
+k active atoms of a token and no score matrix. Atoms are never stored: a level that is the Walsh basis itself is one
+fast transform, a wider one multiplies rows of the two small sign tables, a cache-sized chunk of tokens at a time.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from cayley_interp.dictionary import SignTables
+from cayley_interp.walsh import walsh_hadamard
+
+# Bytes of atoms made at a time: a chunk that stays in a core's second-level cache is about twice as fast on a CPU as one
+# that does not, and keeps memory independent of the number of tokens. A GPU wants few large launches instead.
+CHUNK_BYTES_CPU = 1 << 20
+CHUNK_BYTES_GPU = 1 << 28
+
+
+def analyse(
+    x: Float[Tensor, "n d"], indices: Int64[Tensor, "n k"], tables: SignTables
+) -> Float[Tensor, "n k"]:
+    """<x_i, D_u> for each u in indices_i; differentiable in x."""
+    with torch.no_grad():
+        scores = _analyse(x, indices, tables)
+    return attach_scores(x, indices, scores, tables)
+
+
+def attach_scores(
+    x: Float[Tensor, "n d"], indices: Int64[Tensor, "n k"], scores: Float[Tensor, "n k"], tables: SignTables
+) -> Float[Tensor, "n k"]:
+    """Scores that selection has already computed, made differentiable in x as `analyse` would have."""
+    return _Analysis.apply(x, indices, scores, tables)
+
+
+def synthesise(
+    indices: Int64[Tensor, "n k"], values: Float[Tensor, "n k"], tables: SignTables
+) -> Float[Tensor, "n d"]:
+    """Sum over the k columns of values_i * D_u; differentiable in values."""
+    return _Synthesis.apply(indices, values, tables)
+
+
+class _Analysis(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, indices: Tensor, scores: Tensor, tables: SignTables) -> Tensor:  # noqa: ARG004
+        ctx.save_for_backward(indices)
+        ctx.tables = tables
+        return scores.clone()
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (indices,) = ctx.saved_tensors
+        return synthesise(indices, grads[0], ctx.tables), None, None, None
+
+
+class _Synthesis(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, indices: Tensor, values: Tensor, tables: SignTables) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.tables = tables
+        return _synthesise(indices, values, tables)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (indices,) = ctx.saved_tensors
+        return None, analyse(grads[0], indices, ctx.tables), None
+
+
+def _analyse(x: Tensor, indices: Tensor, tables: SignTables) -> Tensor:
+    if len(tables.patterns) == 1:  # the level is the Walsh basis itself
+        return walsh_hadamard(x).gather(-1, indices)
+    scores = x.new_empty(indices.shape)
+    for rows in _chunks(indices, tables):
+        torch.bmm(_signs(indices[rows], tables), x[rows, :, None], out=scores[rows, :, None])
+    return scores.div_(x.shape[-1] ** 0.5)
+
+
+def _synthesise(indices: Tensor, values: Tensor, tables: SignTables) -> Tensor:
+    d = tables.walsh.shape[-1]
+    if len(tables.patterns) == 1:
+        return walsh_hadamard(values.new_zeros(len(values), d).scatter_add_(-1, indices, values))
+    total = values.new_empty(len(values), d)
+    values = values / d**0.5
+    for rows in _chunks(indices, tables):
+        torch.bmm(values[rows, None, :], _signs(indices[rows], tables), out=total[rows, None, :])
+    return total
+
+
+def _signs(indices: Tensor, tables: SignTables) -> Tensor:
+    """The +-1 rows sqrt(d) D_u of a chunk of indices, [n, k, d]."""
+    n, k = indices.shape
+    d = tables.walsh.shape[-1]
+    u = indices.flatten()
+    signs = tables.walsh.index_select(0, u & (d - 1))
+    signs *= tables.patterns.index_select(0, u >> (d.bit_length() - 1))
+    return signs.view(n, k, d)
+
+
+def _chunks(indices: Tensor, tables: SignTables) -> list[slice]:
+    n, k = indices.shape
+    budget = CHUNK_BYTES_CPU if indices.device.type == "cpu" else CHUNK_BYTES_GPU
+    step = max(1, budget // (k * tables.walsh.shape[-1] * tables.walsh.element_size()))
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]

@@ -1,0 +1,12 @@
+"""Shapes annotated with jaxtyping are checked at run time, in tests only; hypothesis runs without time limits."""
+
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+# Before anything imports the packages: the hook wraps every annotated function as its module is loaded.
+install_import_hook(["cayley_interp", "training", "analysis"], "beartype.beartype")
+
+settings.register_profile(
+    "two-cores", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.load_profile("two-cores")
