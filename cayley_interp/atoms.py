@@ -12,15 +12,13 @@ from torch import Tensor
 from cayley_interp.dictionary import SignTables
 from cayley_interp.walsh import walsh_hadamard
 
-# Bytes of atoms made at a time: a chunk that stays in a core's second-level cache is about twice as fast on a CPU as one
-# that does not, and keeps memory independent of the number of tokens. A GPU wants few large launches instead.
+# Bytes of atoms made at a time: a chunk that stays in a core's second-level cache is about twice as fast on a CPU as
+# one that does not, and memory does not grow with the number of tokens. A GPU wants few large launches instead.
 CHUNK_BYTES_CPU = 1 << 20
 CHUNK_BYTES_GPU = 1 << 28
 
 
-def analyse(
-    x: Float[Tensor, "n d"], indices: Int64[Tensor, "n k"], tables: SignTables
-) -> Float[Tensor, "n k"]:
+def analyse(x: Float[Tensor, "n d"], indices: Int64[Tensor, "n k"], tables: SignTables) -> Float[Tensor, "n k"]:
     """<x_i, D_u> for each u in indices_i; differentiable in x."""
     with torch.no_grad():
         scores = _analyse(x, indices, tables)
@@ -34,9 +32,7 @@ def attach_scores(
     return _Analysis.apply(x, indices, scores, tables)
 
 
-def synthesise(
-    indices: Int64[Tensor, "n k"], values: Float[Tensor, "n k"], tables: SignTables
-) -> Float[Tensor, "n d"]:
+def synthesise(indices: Int64[Tensor, "n k"], values: Float[Tensor, "n k"], tables: SignTables) -> Float[Tensor, "n d"]:
     """Sum over the k columns of values_i * D_u; differentiable in values."""
     return _Synthesis.apply(indices, values, tables)
 

@@ -1,19 +1,19 @@
 """CayleySAE: a sparse hierarchical bottleneck over a dictionary that has no parameters.
 
-For each level of 2^n features: scores s_u = <x, D_u>; standardised z_u = (s_u - mean_u) / std_u + bias_u; the k largest z
-among the candidates are active with f_u = z_u (or s_u); the output is the sum over levels of sum f_u D_u. The candidates
-of the first level are all its features, those of a deeper one the children of the open parents.
+For each level of 2^n features: scores s_u = <x, D_u>; standardised z_u = (s_u - mean_u) / std_u + bias_u; the k largest
+z among the candidates are active with f_u = z_u (or s_u); the output is the sum over levels of sum f_u D_u. Candidates
+are all features of the first level, and at a deeper one the children of the open parents.
 
     sae = CayleySAE(CayleySAEConfig(d_model=128, levels="7,8,0;11,16,32"))
     codes = sae.encode(x)       # one (indices, values) per level
     y = sae.decode(codes)       # [..., d_model]
 
-Published as the bottleneck of the `cayley-*-mlp_in` models (arXiv:2607.20652); docs/design.md says which conventions are
-documented and which are read between the lines.
+Published as the bottleneck of the `cayley-*-mlp_in` models (arXiv:2607.20652); docs/design.md says which conventions
+are documented and which are read between the lines.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int64
@@ -49,7 +49,7 @@ class BottleneckOptions:
     dictionary_seed: int = 0
     """Seed of the random dictionary."""
     routing: Literal["per_parent", "parents"] = "per_parent"
-    """`per_parent`: active parents are open, each to at most `budget` children. `parents`: the `budget` best parents are."""
+    """`per_parent`: active parents are open, to at most `budget` children each; `parents`: the `budget` best are."""
     score_standardize: Literal["feature", "token", "none"] = "feature"
     """Scores are standardised by each feature's running statistics, over each token's level, or not at all."""
     forward_standardized: bool = True
@@ -74,9 +74,10 @@ class CayleySAEConfig(BottleneckOptions):
 class CayleySAE(nn.Module):
     """The bottleneck: `encode`, `decode`, and `forward` = decode(encode(x)).
 
-    Learned: one bias per feature (with `forward_standardized`). Kept as buffers: each feature's running mean and standard deviation, and the tokens
-    since it was last active. In training mode `forward` only adds a batch to the moments; `update_statistics`, called
-    once an optimiser step, moves the buffers, so that a step does not depend on how its batch was cut or spread.
+    Learned: one bias per feature (with `forward_standardized`). Kept as buffers: each feature's running mean and
+    standard deviation, and the tokens since it was last active. In training mode `forward` only adds a batch to the
+    moments; `update_statistics`, called once an optimiser step, moves the buffers, so that a step does not depend on
+    how its batch was cut or spread.
     """
 
     bias: Tensor
@@ -119,9 +120,7 @@ class CayleySAE(nn.Module):
             ValueError: the last dimension of x is not d_model.
         """
         if x.shape[-1] != self.config.d_model:
-            raise ValueError(
-                f"CayleySAE has d_model={self.config.d_model}, got an input of shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"CayleySAE has d_model={self.config.d_model}, got an input of shape {tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False):  # selection by bf16 scores would be mostly ties
             flat = _at_least_float32(_rows(x))
             with torch.no_grad():
@@ -144,8 +143,7 @@ class CayleySAE(nn.Module):
         batch = codes[0].indices.shape[:-1]
         with torch.autocast(codes[0].values.device.type, enabled=False):
             parts = [
-                synthesise(_rows(c.indices), _rows(c.values), self._tables(i, c.values))
-                for i, c in enumerate(codes)
+                synthesise(_rows(c.indices), _rows(c.values), self._tables(i, c.values)) for i, c in enumerate(codes)
             ]
             return sum(parts[1:], parts[0]).view(*batch, d)
 
@@ -197,8 +195,11 @@ class CayleySAE(nn.Module):
         return selections
 
     def _standardiser(self, i: int, x: Float[Tensor, "n d"]) -> Standardiser:
-        """How scores of level i become z. Over a token's level the mean and size of the scores are closed forms: the sum
-        of all atoms is zero except where s(x) = 0, and the atoms are a tight frame, sum D_u D_u' = 2^n / d."""
+        """How scores of level i become z.
+
+        Over a token's level the mean and size of the scores are closed forms: the sum of all atoms is zero except where
+        s(x) = 0, and the atoms are a tight frame, sum D_u D_u' = 2^n / d.
+        """
         size, offset = 1 << self.levels[i].n, self.offsets[i]
         bias = self.bias[None, offset : offset + size].to(x.dtype)
         if self.config.score_standardize == "none":
@@ -277,9 +278,11 @@ def check_levels(d_model: int, levels: tuple[Level, ...], options: BottleneckOpt
     t = d_model.bit_length() - 1
     if d_model < 4 or d_model != 1 << t or t > 16:
         near = [1 << min(max(t, 2), 15), 1 << min(max(t, 2), 15) + 1]
-        raise ValueError(
-            f"d_model must be a power of two from 4 to 65536, got {d_model}: try {near[0]} or {near[1]}"
-        )
+        raise ValueError(f"d_model must be a power of two from 4 to 65536, got {d_model}: try {near[0]} or {near[1]}")
+    if options.dictionary not in get_args(DictionaryMap):
+        raise ValueError(f"no dictionary is called {options.dictionary!r}: use one of {get_args(DictionaryMap)}")
+    if not 0 < options.momentum <= 1:
+        raise ValueError(f"momentum must be above 0 and at most 1, got {options.momentum}")
     if options.dictionary == "bent" and t % 2:
         raise ValueError(
             f"the bent dictionary needs an even log2(d_model), got {t} (d_model={d_model}): "
@@ -289,13 +292,13 @@ def check_levels(d_model: int, levels: tuple[Level, ...], options: BottleneckOpt
         raise ValueError(
             f"the first level is the Walsh basis, so its n must be log2(d_model) = {t}, got n = {levels[0].n}"
         )
+    if levels[0].budget:
+        raise ValueError(f"the first level has no parents, so its budget must be 0, got {levels[0].budget}")
     for i, level in enumerate(levels):
         where = f"level {i} ({level.n},{level.k},{level.budget})"
         top = max_bits(t, options.dictionary)
         if level.n > top:
-            raise ValueError(
-                f"{where}: the {options.dictionary} dictionary at d_model={d_model} has n up to {top}"
-            )
+            raise ValueError(f"{where}: the {options.dictionary} dictionary at d_model={d_model} has n up to {top}")
         candidates = _candidates(levels, i, options, where)
         if not 1 <= level.k <= candidates:
             raise ValueError(
@@ -310,9 +313,7 @@ def _candidates(levels: tuple[Level, ...], i: int, options: BottleneckOptions, w
         return 1 << level.n
     parent = levels[i - 1]
     if level.n <= parent.n:
-        raise ValueError(
-            f"{where}: each level must have a larger n than the one above it, which has {parent.n}"
-        )
+        raise ValueError(f"{where}: each level must have a larger n than the one above it, which has {parent.n}")
     if level.budget < 1:
         raise ValueError(f"{where}: the budget of a deeper level must be at least 1")
     children = 1 << (level.n - parent.n)

@@ -36,8 +36,8 @@ class CayleyDictionary:
         t: log2 of the dimension d, 2 to 16.
         n: log2 of the number of atoms, at least t and at most `max_bits(t, map)`.
         map: g. `gold` is x^3 (Gold's map; past 2t bits go on with x^5): coherence 2^((t+1)/2) / d for odd t and
-            2^(t/2+1) / d for even t while n <= 2t. `bent` is the product of the halves of x (Maiorana-McFarland; even t):
-            2^(n-t) mutually unbiased bases, coherence 1 / sqrt(d). `random` is the control: g drawn by `seed`.
+            2^(t/2+1) / d for even t while n <= 2t. `bent` is the product of the halves of x (Maiorana-McFarland; even
+            t): 2^(n-t) mutually unbiased bases, coherence 1 / sqrt(d). `random` is the control: g drawn by `seed`.
         seed: used by `random` only.
 
     Raises:
@@ -53,7 +53,8 @@ class CayleyDictionary:
             )
         if not t <= n <= max_bits(t, map):
             raise ValueError(f"the {map} map at t = {t} has n from {t} to {max_bits(t, map)}, got n = {n}")
-        self.t, self.n, self.map, self.seed = t, n, map, seed
+        self.t, self.n, self.seed = t, n, seed
+        self.map: DictionaryMap = map
         self.d = 2**t
         self.size = 2**n
         x = torch.arange(self.d)
@@ -124,7 +125,7 @@ class CayleyDictionary:
         return _sign_tables(self.t, self.n, self.map, self.seed, device, dtype)
 
     def _check_indices(self, indices: Tensor) -> None:
-        if indices.numel() and not (0 <= indices.min() and indices.max() < self.size):
+        if indices.numel() and not (indices.min() >= 0 and indices.max() < self.size):
             raise IndexError(
                 f"atom indices of {self!r} run from 0 to {self.size - 1}, got {indices.min()}..{indices.max()}"
             )
@@ -156,9 +157,7 @@ def _splitmix64(state: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _sign_tables(
-    t: int, n: int, map: DictionaryMap, seed: int, device: torch.device, dtype: torch.dtype
-) -> SignTables:
+def _sign_tables(t: int, n: int, map: DictionaryMap, seed: int, device: torch.device, dtype: torch.dtype) -> SignTables:
     dictionary = CayleyDictionary(t, n, map, seed)
     walsh = hadamard_matrix(2**t, torch.device("cpu"), torch.float64) * 2 ** (t / 2)
     pattern_index = torch.arange(1 << (n - t))

@@ -32,8 +32,8 @@ class CayleyGPTConfig(BottleneckOptions):
     """Epsilon of the RMSNorms."""
 
     def __post_init__(self):
-        if self.d_model % self.n_heads:
-            raise ValueError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}")
+        if self.n_heads < 1 or self.d_model % self.n_heads:
+            raise ValueError(f"n_heads must divide d_model={self.d_model}, got {self.n_heads}: try a power of two")
         self.bottleneck()
 
     def bottleneck(self) -> CayleySAEConfig | None:
@@ -152,9 +152,7 @@ class Attention(nn.Module):
     def __init__(self, config: CayleyGPTConfig):
         super().__init__()
         self.n_heads = config.n_heads
-        self.q, self.k, self.v, self.o = (
-            nn.Linear(config.d_model, config.d_model, bias=False) for _ in range(4)
-        )
+        self.q, self.k, self.v, self.o = (nn.Linear(config.d_model, config.d_model, bias=False) for _ in range(4))
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         q, k, v = (w(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))

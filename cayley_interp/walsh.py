@@ -55,8 +55,8 @@ class _WalshHadamard(torch.autograd.Function):
         return _by_factors(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ARG004
-        return _WalshHadamard.apply(grad)
+    def backward(ctx, *grads: Tensor) -> Tensor:  # noqa: ARG004
+        return _WalshHadamard.apply(grads[0])
 
 
 _cached_hadamard = lru_cache(maxsize=64)(hadamard_matrix)

@@ -50,9 +50,7 @@ def test_values_and_gradients_equal_the_definition(convention):
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
     wanted = [x, sae.bias] if forward_standardized else [x]
     grad = torch.randn_like(fast)
-    for a, b in zip(
-        torch.autograd.grad(fast, wanted, grad), torch.autograd.grad(slow, wanted, grad), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(fast, wanted, grad), torch.autograd.grad(slow, wanted, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
@@ -60,7 +58,7 @@ def test_values_and_gradients_equal_the_definition(convention):
 def test_gradcheck(standardize):
     sae = make(score_standardize=standardize)
     x = inputs(6).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, bias: sae(x), (x, sae.bias))
+    assert torch.autograd.gradcheck(lambda x, _: sae(x), (x, sae.bias))
 
 
 @pytest.mark.parametrize("routing_name", ["per_parent", "parents"])
@@ -134,12 +132,7 @@ def test_running_average_is_plain_at_first_then_exponential():
         sae(x)
         sae.update_statistics()
         means.append(
-            torch.cat(
-                [
-                    x.mean(0) @ sae.dictionary.atoms(torch.arange(1 << level.n), x.dtype).T
-                    for level in sae.levels
-                ]
-            )
+            torch.cat([x.mean(0) @ sae.dictionary.atoms(torch.arange(1 << level.n), x.dtype).T for level in sae.levels])
         )
         if i == 3:
             torch.testing.assert_close(sae.mean, torch.stack(means).mean(0))

@@ -59,10 +59,7 @@ def test_scores_by_one_transform_equal_the_dense_product(dictionary):
 
 
 def test_moments_of_every_score_equal_those_of_the_scores(dictionary):
-    x = (
-        torch.randn(500, dictionary.d, dtype=torch.float64) @ torch.randn(dictionary.d, dictionary.d).double()
-        + 1
-    )
+    x = torch.randn(500, dictionary.d, dtype=torch.float64) @ torch.randn(dictionary.d, dictionary.d).double() + 1
     mean, variance = dictionary.moments(x.mean(0), torch.cov(x.T, correction=0))
     scores = dictionary.scores(x)
     torch.testing.assert_close(mean, scores.mean(0))

@@ -33,9 +33,7 @@ def test_multiplication_is_that_of_a_field(data, t):
     a, b, c = (torch.tensor([data.draw(elements(t))]) for _ in range(3))
     one = torch.tensor([1])
     assert torch.equal(fields.multiply(a, b, t), fields.multiply(b, a, t))
-    assert torch.equal(
-        fields.multiply(a, fields.multiply(b, c, t), t), fields.multiply(fields.multiply(a, b, t), c, t)
-    )
+    assert torch.equal(fields.multiply(a, fields.multiply(b, c, t), t), fields.multiply(fields.multiply(a, b, t), c, t))
     assert torch.equal(fields.multiply(a, b ^ c, t), fields.multiply(a, b, t) ^ fields.multiply(a, c, t))
     assert torch.equal(fields.multiply(a, one, t), a)
     assert 0 <= fields.multiply(a, b, t) < 2**t

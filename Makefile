@@ -1,0 +1,44 @@
+# The front door: `make train` and `make test`. Everything else is a convenience.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    ?=
+
+.PHONY: install train test check bench format clean
+
+install: $(VENV)/.installed
+
+# torch first and alone: its pin decides CPU or CUDA, and nothing after it may move it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# Further arguments: make train RUN="tiny --seed 1"
+train: $(VENV)/.installed
+	$(BIN)/python training/train_cayley.py $(RUN)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow and not gemma and not gpu and not network and not browser"
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks.bench_bottleneck
+	$(BIN)/python -m tests.benchmarks.bench_training
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,143 @@
+"""Features and their contexts, the display of tokens, and the evaluation as a whole."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.evaluate import evaluate_run, frequency_histogram
+from analysis.features import choose_features, collect_features, top_contexts
+from analysis.parity import token_losses
+from analysis.sparsity import ActivityCounter
+from analysis.tokens import token_strings, visible
+from cayley_interp import LevelCodes
+from tests.analysis.fabricated import HOSTILE, SPECIAL, evaluate, make_model, make_tokenizer, make_windows
+
+LEVELS = "4,2,0;7,4,8"
+
+
+def test_counts_and_contexts_do_not_depend_on_the_batch_size():
+    model, windows = make_model(LEVELS).eval(), make_windows()[:, :-1]
+    a, b = (collect_features(model, windows, batch_size=size, seed=1) for size in (5, 12))
+    for x, y in zip(a.counters, b.counters, strict=True):
+        assert x.tokens == y.tokens == windows.numel()
+        assert all(p.equal(q) for p, q in zip(x.active, y.active, strict=True))
+    assert [(f.layer, f.level, f.index) for f in a.features] == [(f.layer, f.level, f.index) for f in b.features]
+
+
+def test_contexts_hold_the_values_of_the_codes():
+    model, windows = make_model(LEVELS).eval(), make_windows()[:, :-1]
+    report = collect_features(model, windows, batch_size=12, n_features=8, context=3)
+    codes = model.codes(windows)
+    assert {(f.layer, f.level) for f in report.features} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert len(report.features) == 8
+    for f in report.features:
+        indices, values = codes[f.layer][f.level]
+        dense = torch.where(indices == f.index, values, 0).sum(-1)
+        assert f.frequency == pytest.approx((dense != 0).double().mean().item())
+        assert f.max_value == pytest.approx(dense.max().item())
+        top = f.contexts[0]
+        row, position = divmod(int(dense.argmax()), windows.shape[1])
+        assert top.values[top.peak] == dense.max()
+        assert top.tokens[top.peak] == windows[row, position]
+        assert len(top.tokens) <= 7
+        peaks = [context.values[context.peak] for context in f.contexts]
+        assert peaks == sorted(peaks, reverse=True)
+        assert min(peaks) > 0
+
+
+def test_top_contexts_are_cut_at_the_ends_of_a_window():
+    windows = torch.arange(10).view(2, 5)
+    values = torch.tensor([[0.0, 0, 0, 0, 2], [-3.0, 0, 0, 1, 0]])
+    first, second = top_contexts(windows, values, n_contexts=5, context=1)
+    assert (first.tokens, first.values, first.peak) == ([5, 6], [-3.0, 0.0], 0)
+    assert (second.tokens, second.values, second.peak) == ([3, 4], [0.0, 2.0], 1)
+    assert top_contexts(windows, torch.zeros(2, 5), 5, 1) == []
+
+
+def test_features_shown_are_neither_dense_nor_rare_where_there_is_a_choice():
+    counter = ActivityCounter([3])
+    for token in range(100):
+        fires = [True, token < 5, token < 1]
+        indices = [i for i in range(3) if fires[i]]
+        counter.add((LevelCodes(torch.tensor([indices]), torch.ones(1, len(indices))),))
+    assert choose_features([counter], 1, min_active=4, seed=0) == [(0, 0, 1)]
+    assert len(choose_features([counter], 9, min_active=4, seed=0)) == 3
+
+
+def test_a_vanilla_model_has_no_features_to_collect():
+    with pytest.raises(ValueError, match="levels=None"):
+        collect_features(make_model(None), make_windows(), batch_size=4)
+
+
+def test_histogram_holds_every_feature_that_is_not_dead():
+    counter = ActivityCounter([4])
+    for token in range(1000):
+        indices = [0] + [1] * (token < 10) + [2] * (token < 1)
+        counter.add((LevelCodes(torch.tensor([indices]), torch.ones(1, len(indices))),))
+    histogram = frequency_histogram(counter, 0)
+    assert sum(histogram.counts) == 3
+    assert histogram.counts[-1] == 1  # always on
+    assert histogram.counts[0] == 1  # once in 1000
+    assert histogram.edges[0] == -3
+    assert histogram.edges[-1] == 0
+
+
+def test_evaluation_is_consistent_and_json():
+    model, windows = make_model(LEVELS).train(), make_windows()
+    evaluation = evaluate(LEVELS)
+    assert evaluation.val_loss == pytest.approx(token_losses(model, windows, 12).mean().item(), rel=1e-6)
+    assert evaluation.val_tokens == 12 * 16
+    scalars = json.loads(json.dumps(evaluation.scalars()))
+    assert [(row["layer"], row["level"]) for row in scalars["levels"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [row["n_features"] for row in scalars["levels"]] == [16, 128, 16, 128]
+    assert scalars["levels"][0]["l0"] <= 2
+    assert evaluation.sample.prompt == windows[0, :16].tolist()
+    assert len(evaluation.sample.continuation) == 120
+    assert evaluate.__wrapped__(LEVELS).sample == evaluation.sample
+
+
+def test_evaluation_restores_the_mode_and_reports_progress():
+    model, seen = make_model(LEVELS).train(), []
+    windows = make_windows()
+    evaluate_run(
+        model,
+        make_tokenizer(),
+        np.arange(280),
+        windows,
+        batch_size=4,
+        progress=lambda what, share: seen.append((what, share)),
+    )
+    assert model.training
+    assert seen[-1] == ("collecting contexts", 1.0)
+
+
+def test_a_vanilla_evaluation_has_losses_only():
+    evaluation = evaluate(None)
+    assert evaluation.levels == evaluation.histograms == evaluation.features == []
+    assert evaluation.scalars()["levels"] == []
+
+
+@pytest.mark.parametrize("shape", [(0, 17), (2, 1), (2, 18)])
+def test_bad_windows_are_refused(shape: tuple[int, int]):
+    with pytest.raises(ValueError, match="expected val_windows of shape"):
+        evaluate_run(
+            make_model(None), make_tokenizer(), np.arange(9), torch.zeros(shape, dtype=torch.int64), batch_size=4
+        )
+
+
+def test_tokens_are_shown_by_bytes():
+    tokenizer = make_tokenizer()
+    strings = token_strings(tokenizer, 280)
+    shown = {text: strings[tokenizer.encode(text).ids[0]] for text in ("a", " ", "\n", "\x01")}
+    assert shown == {"a": "a", " ": " ", "\n": "↵", "\x01": "\\x01"}
+    assert strings[tokenizer.encode("é").ids[0]] == "\\xc3"  # half a character
+    assert strings[tokenizer.token_to_id(SPECIAL)] == SPECIAL
+    assert strings[tokenizer.token_to_id(HOSTILE[-1])] == "x" * 80 + "… (10,000 characters)"
+    assert strings[279] == "<unused 279>"
+
+
+def test_what_cannot_be_seen_is_escaped():
+    assert visible("a\x00b\u200f\u202e\u00a0\t") == "a\\x00b\\u200f\\u202e\\xa0⇥"
+    assert visible("שלום é 日") == "שלום é 日"

@@ -1,0 +1,62 @@
+"""Which package may import which, and what `import cayley_interp` costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ALLOWED = {
+    "cayley_interp": set(),
+    "analysis": {"cayley_interp"},
+    "training": {"cayley_interp", "analysis"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level names of everything a file imports, at any depth of its code."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_arrows_point_one_way(package):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        forbidden = imported(file) & (set(ALLOWED) - {package} - ALLOWED[package] | {"tests"})
+        assert not forbidden, f"{file.relative_to(ROOT)} imports {forbidden}"
+
+
+def test_importing_the_core_brings_nothing_heavier_than_torch():
+    code = (
+        "import sys, torch, numpy, jaxtyping, safetensors; before = set(sys.modules); import cayley_interp; "
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    new = set(out.stdout.split()) - {"cayley_interp"}
+    heavy = {
+        *("transformer_lens", "sae_lens", "transformers", "datasets", "triton", "wandb", "plotly", "tokenizers"),
+        *("accelerate", "rich", "tyro", "pandas", "sklearn", "scipy", "training", "analysis"),
+    }
+    assert not new & heavy
+
+
+def test_file_and_function_budgets():
+    too_long = []
+    for package in ALLOWED:
+        for file in (ROOT / package).rglob("*.py"):
+            source = file.read_text()
+            if source.count("\n") > 400:
+                too_long.append(f"{file.relative_to(ROOT)}: {source.count(chr(10))} lines")
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= 60:
+                    too_long.append(f"{file.relative_to(ROOT)}:{node.name}: {node.end_lineno - node.lineno + 1} lines")
+    assert not too_long

@@ -1,0 +1,256 @@
+"""Train a Cayley-GPT: the main job.
+
+    python training/train_cayley.py                                  # recipe tiny: minutes on two CPU cores
+    python training/train_cayley.py cayley-small-2L-mlp_in-20B --out /data/small
+    accelerate launch training/train_cayley.py vanilla-small-20B     # several processes: the same steps, shared
+    python training/train_cayley.py --resume runs/tiny-20260101-120000
+
+The run folder holds config.json, environment.json, metrics.jsonl, checkpoints/, model/ and report.html.
+"""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from analysis.evaluate import Evaluation, evaluate_run
+from analysis.report import write_report
+from cayley_interp.pretrained import save_model
+from training.data import Corpus, DataError, open_corpus
+from training.environment import describe_environment
+from training.loop import Trainer, TrainingDiverged, make_accelerator
+from training.preflight import PreflightError, preflight
+from training.recipes import RECIPES, RunConfig, config_from_dict
+from training.tracking import MetricsFile, start_tracker
+
+NGRAM_TOKENS = 20_000_000
+"""Training tokens that the count models beside the validation loss are made from."""
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class ResumeArgs:
+    """Continue a run that was stopped; everything else comes from its config.json."""
+
+    resume: Path
+    """Run folder."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Continue on another device."""
+    track: Literal["none", "wandb", "trackio"] | None = None
+    """Continue with another tracker."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    run_dir: Path | None = None
+    try:
+        config, run_dir, resume = parse_arguments(sys.argv[1:] if argv is None else argv)
+        train(config, run_dir, resume)
+    except (PreflightError, DataError, TrainingDiverged, ValueError, OSError) as error:
+        console.print(f"[bold red]{type(error).__name__}[/]", end=": ")
+        console.print(str(error), markup=False)
+        return 2
+    except KeyboardInterrupt:
+        way_on = f"; continue with: python training/train_cayley.py --resume {run_dir}" if run_dir else ""
+        console.print(f"stopped{way_on}", markup=False)
+        return 130
+    return 0
+
+
+def parse_arguments(argv: list[str]) -> tuple[RunConfig, Path, bool]:
+    """(config, run folder, whether to resume) from [RECIPE] [--flags], or from --resume DIR."""
+    if any(arg == "--resume" or arg.startswith("--resume=") for arg in argv):
+        args = tyro.cli(ResumeArgs, args=argv, prog="train_cayley.py")
+        return (*resumed_config(args), True)
+    recipe = argv[0] if argv and not argv[0].startswith("-") else "tiny"
+    if recipe not in RECIPES:
+        raise ValueError(f"no recipe is called {recipe!r}; the recipes are {', '.join(RECIPES)}")
+    config = tyro.cli(
+        RunConfig,
+        args=argv[argv[:1] == [recipe] :],
+        default=RECIPES[recipe][1],
+        prog=f"train_cayley.py {recipe}",
+        description=help_text(),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return config, config.out or Path("runs") / f"{config.name}-{stamp}", False
+
+
+def help_text() -> str:
+    """Every recipe with its line, shown above the flags."""
+    width = max(len(name) for name in RECIPES)
+    recipes = "\n\n".join(f"{name:<{width}}  {line}" for name, (line, _) in RECIPES.items())
+    return (
+        "Train a Cayley-GPT: [RECIPE] [--flags], or --resume DIR to continue a run that was stopped.\n\n"
+        f"Recipes (the defaults below are those of the recipe named; tiny if none is):\n\n{recipes}"
+    )
+
+
+def resumed_config(args: ResumeArgs) -> tuple[RunConfig, Path]:
+    file = args.resume / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{args.resume} is not a run folder: it has no config.json. Start a new run with --out.")
+    try:
+        config = config_from_dict(json.loads(file.read_text()))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not the config of a run: {error}") from error
+    changes = {name: value for name in ("device", "track") if (value := getattr(args, name)) is not None}
+    return replace(config, **changes), args.resume
+
+
+def train(config: RunConfig, run_dir: Path, resume: bool) -> Path:
+    """Run the config in its folder, to the report; returns the folder."""
+    accelerator = make_accelerator(config)
+    run_dir = Path(broadcast_object_list([str(run_dir)])[0])  # the default name holds the time: one for all
+    preflight(config, run_dir, accelerator.num_processes, resume)
+    accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
+    if accelerator.is_main_process and not resume:
+        start_folder(config, run_dir, accelerator)
+    with accelerator.main_process_first():
+        corpus = open_corpus(
+            config.data,
+            config.model.d_vocab,
+            config.model.n_ctx,
+            config.seed,
+            run_dir / "data",
+            progress=accelerator.is_main_process,
+        )
+    trainer = Trainer(config, corpus, run_dir, accelerator)
+    if resume:
+        trainer.resume()
+    if accelerator.is_main_process:
+        run_main(config, trainer, corpus, run_dir)
+    else:
+        trainer.run()
+    accelerator.wait_for_everyone()
+    return run_dir
+
+
+def start_folder(config: RunConfig, run_dir: Path, accelerator: Accelerator) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    environment = describe_environment(str(accelerator.device)) | {"processes": accelerator.num_processes}
+    for name, content in (("environment.json", environment), ("config.json", asdict(config))):
+        temporary = run_dir / f".{name}.tmp"
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        temporary.replace(run_dir / name)
+
+
+def run_main(config: RunConfig, trainer: Trainer, corpus: Corpus, run_dir: Path) -> None:
+    """The main process's part: train with a display, save the model, then evaluate and report."""
+    metrics = MetricsFile(run_dir / "metrics.jsonl")
+    metrics.truncate_after(trainer.step)
+    tracker = start_tracker(config.track, run_dir, config.name, asdict(config))
+    console.print(
+        f"{config.name}: {trainer.model.num_parameters():,} parameters, {config.max_steps:,} steps of "
+        f"{config.tokens_per_step:,} tokens on {trainer.accelerator.device} x {trainer.accelerator.num_processes}, "
+        f"from step {trainer.step:,}"
+    )
+    with make_progress("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s") as bar:
+        task = bar.add_task("training", total=config.max_steps, completed=trainer.step, loss=0.0, speed=0.0)
+
+        def log(record: dict) -> None:
+            metrics.append(record)
+            tracker.log(record, record["step"])
+            bar.console.print(describe(record, config), markup=False)
+
+        def progress(step: int, loss: float, speed: float) -> None:
+            bar.update(task, completed=step, loss=loss, speed=speed)
+
+        trainer.run(log, progress)
+    save_model(trainer.model, run_dir / "model", corpus.tokenizer.to_str())
+    evaluation = evaluate(config, trainer, corpus)
+    final = evaluation.scalars() | {
+        "n_parameters": trainer.model.num_parameters(),
+        "peak_memory_bytes": peak_memory(trainer.accelerator.device),
+        "tokens_per_second": metrics.median("tokens_per_second"),
+    }
+    record = {"step": trainer.step, "final": final}
+    metrics.append(record)
+    tracker.log(record, trainer.step)
+    tracker.finish()
+    report = write_report(run_dir, evaluation)
+    print_summary(evaluation)
+    print(f"run folder: {run_dir.resolve()}\nreport:     {report.resolve()}", flush=True)
+
+
+def evaluate(config: RunConfig, trainer: Trainer, corpus: Corpus) -> Evaluation:
+    """Count models, features with their contexts and a sample of text, all on the validation windows."""
+    with make_progress("") as bar, trainer.accelerator.autocast():
+        task = bar.add_task("evaluating", total=1.0)
+        return evaluate_run(
+            trainer.model,
+            corpus.tokenizer,
+            corpus.train.first_tokens(NGRAM_TOKENS),
+            trainer.validation_windows(),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            progress=lambda what, share: bar.update(task, description=what, completed=share),
+        )
+
+
+def print_summary(evaluation: Evaluation) -> None:
+    console.print(
+        f"validation loss {evaluation.val_loss:.4f} nats a token over {evaluation.val_tokens:,} tokens "
+        f"(bigram {evaluation.bigram_loss:.4f}, unigram {evaluation.unigram_loss:.4f})"
+    )
+    for layer, levels in enumerate(evaluation.levels):
+        for level, s in enumerate(levels):
+            console.print(
+                f"layer {layer} level {level}: L0 {s.l0:.1f} of {s.n_features:,}; "
+                f"{s.dead:,} dead, {s.zombie:,} zombie, {s.dense:,} dense"
+            )
+
+
+def make_progress(numbers: str) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn() if numbers else TaskProgressColumn(),
+        TextColumn(numbers),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def describe(record: dict, config: RunConfig) -> str:
+    """A log record as a line to read; it stays when the output is not a terminal and the bar is not drawn."""
+    if "val_loss" in record:
+        return f"step {record['step']:>6,}/{config.max_steps:,}  validation loss {record['val_loss']:.4f}"
+    left = (config.max_steps - record["step"]) * config.tokens_per_step / record["tokens_per_second"]
+    return (
+        f"step {record['step']:>6,}/{config.max_steps:,}  loss {record['train_loss']:.4f}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  {int(left // 60)}:{int(left % 60):02d} left"
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's resident peak on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    sys.exit(main())
