@@ -23,6 +23,9 @@ from cayley_interp.atoms import attach_scores, synthesise
 from cayley_interp.dictionary import CayleyDictionary, DictionaryMap, SignTables, max_bits
 from cayley_interp.routing import Selection, Standardiser, select_children, select_root
 
+REVIVE_STEP = 0.1
+"""By how much a step raises the bias of a silent feature, in standard deviations of its score."""
+
 
 class Level(NamedTuple):
     n: int
@@ -58,6 +61,8 @@ class BottleneckOptions:
     """Select by |z| and let values be negative; else select by z and clip values at 0."""
     momentum: float = 0.05
     """Weight of a step in the running statistics, once 1 / momentum steps have been averaged plainly."""
+    revive_after: int | None = None
+    """Tokens without activity after which a feature's bias rises at every step until it is active again; None: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +152,13 @@ class CayleySAE(nn.Module):
             ]
             return sum(parts[1:], parts[0]).view(*batch, d)
 
+    @torch.no_grad()
     def update_statistics(self) -> None:
-        """Move the running statistics by the batches seen since the last call, over all processes together."""
+        """Move the running statistics by the batches seen since the last call, over all processes together.
+
+        With `revive_after`, raise the biases of features that have been silent for so long: a bias gets a gradient only
+        where its feature is active, so nothing else would (as in auxiliary-loss-free balancing, arXiv:2408.15664).
+        """
         if self._batch is None:
             return
         batch, self._batch = self._batch, None
@@ -156,6 +166,8 @@ class CayleySAE(nn.Module):
         active = batch.firings > 0
         self.tokens_since_active += int(batch.tokens)
         self.tokens_since_active[active] = 0
+        if self.config.revive_after is not None:
+            self.bias[self.tokens_since_active >= self.config.revive_after] += REVIVE_STEP
         if self.config.score_standardize != "feature":
             return
         mean, covariance = batch.mean_and_covariance()

@@ -5,11 +5,13 @@ whatever moment the process was killed.
 """
 
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -52,7 +54,7 @@ def load_checkpoint(folder: Path, model: nn.Module) -> dict:
     try:
         load_model(model, str(folder / "model.safetensors"))
         state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"the checkpoint {folder} cannot be read: {error}\n{way_out}") from error
     torch.set_rng_state(state["rng"]["cpu"])
     if "cuda" in state["rng"] and torch.cuda.is_available():

@@ -172,6 +172,28 @@ def test_dead_counter_counts_tokens_since_a_feature_was_active():
     assert (sae.tokens_since_active[~fired] == 10).all()
 
 
+def test_a_silent_feature_is_raised_until_it_is_active_again():
+    sae = make(revive_after=100).train()
+    sae.bias.data[20] = -50.0
+    before = sae.bias.detach().clone()
+    sae(inputs(90))
+    sae.update_statistics()
+    assert torch.equal(sae.bias, before)  # nothing has been silent for 100 tokens yet
+    for seed in range(1, 700):
+        sae(inputs(90, seed=seed))
+        sae.update_statistics()
+        if sae.tokens_since_active[20] == 0:
+            break
+    assert sae.tokens_since_active[20] == 0
+    raised = sae.bias[20].item()
+    assert raised > -10
+    sae(inputs(90, seed=seed))
+    sae.update_statistics()
+    assert sae.bias[20].item() == raised
+    often = before.argmax()
+    assert sae.bias[often] == before[often]  # a feature in use is left to its gradient
+
+
 def test_raw_forward_leaves_the_bias_out_of_the_gradient():
     # The bias then takes part in selection alone; a parameter without a gradient would stall distributed training.
     assert not make(forward_standardized=False).bias.requires_grad

@@ -1,6 +1,7 @@
 """The training script as a user runs it: real processes, real kills, real errors."""
 
 import json
+import random
 import signal
 import subprocess
 import time
@@ -177,3 +178,50 @@ def test_a_folder_with_something_in_it_is_left_alone(finished):
     assert result.returncode == 2
     assert "--resume" in result.stderr
     assert all(torch.equal(before[name], value) for name, value in weights(out).items())
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_the_same(finished, tmp_path):
+    whole, arguments, _ = finished
+    out = tmp_path / "run"
+    command = train_command("tiny", *arguments, "--out", str(out))
+    kills = random.Random(0)
+    for _ in range(12):
+        process = subprocess.Popen(
+            command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while not (out / "config.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(kills.uniform(0.0, 6.0))
+        process.kill()
+        process.wait()
+        command = train_command("--resume", str(out))
+    result = run_training("--resume", str(out))
+    assert result.returncode == 0, result.stderr
+    assert all(torch.equal(value, weights(out)[name]) for name, value in weights(whole).items())
+    assert train_losses(out) == train_losses(whole)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_other_precisions_train(corpus, tmp_path, precision):
+    out = tmp_path / "run"
+    arguments = ["--max-steps", "12", "--precision", precision, "--out", str(out)]
+    result = run_training("tiny", *SMALL_RUN, str(corpus), *arguments)
+    assert result.returncode == 0, result.stderr
+    losses = train_losses(out)
+    assert losses[-1] < losses[0]
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    assert weights(out)["wpe.weight"].dtype == dtype
+
+
+@pytest.mark.slow
+def test_a_compiled_run_takes_the_same_steps(corpus, tmp_path):
+    losses = []
+    for flag in ("False", "True"):
+        out = tmp_path / flag
+        arguments = ["--max-steps", "6", "--precision", "fp64", "--compile", flag, "--out", str(out)]
+        result = run_training("tiny", *SMALL_RUN, str(corpus), *arguments)
+        assert result.returncode == 0, result.stderr
+        losses.append(train_losses(out))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-9)

@@ -1,0 +1,50 @@
+"""The README tells the truth: its Python runs, its tree is the tree, its recipes and make targets exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from training.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_runs(code, capsys):
+    exec(compile(code, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "0.0625" in out
+    assert "[2, 128, 16]" in out
+
+
+def test_the_tree_is_the_tree():
+    package, listed = "", set()
+    for line in README.split("## The tree")[1].splitlines():
+        if match := re.match(r"(\w+)/ ", line):
+            package = match[1]
+        elif match := re.match(r"  (\w+\.py) ", line):
+            listed.add(f"{package}/{match[1]}")
+    found = {
+        str(file.relative_to(ROOT))
+        for package in ("cayley_interp", "training", "analysis")
+        for file in (ROOT / package).glob("*.py")
+        if file.name != "__init__.py"
+    }
+    assert listed == found
+
+
+def test_every_recipe_and_command_named_exists():
+    for name in RECIPES:
+        assert f"`{name}`" in README
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make (\w+)", README):
+        assert f"\n{target}:" in makefile, target
+    for script in re.findall(r"python (training/\w+\.py)", README):
+        assert (ROOT / script).exists()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
+        assert (ROOT / target).exists(), target
