@@ -62,7 +62,7 @@ class BottleneckOptions:
     momentum: float = 0.05
     """Weight of a step in the running statistics, once 1 / momentum steps have been averaged plainly."""
     revive_after: int | None = None
-    """Tokens without activity after which a feature's bias rises at every step until it is active again; None: never."""
+    """Tokens of silence after which a feature's bias rises at every step until it is active again; None: never."""
 
 
 @dataclass(frozen=True, kw_only=True)

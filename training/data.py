@@ -10,7 +10,7 @@ import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from training.recipes import DataConfig
-
-if TYPE_CHECKING:
-    pass
 from training.shards import TOKENIZER, PackedWindows, TokenWindows, read_index, tokenize_to_shards, write_atomically
 from training.text import (
     SPLITS,

@@ -162,13 +162,15 @@ class Trainer:
         return reduced
 
     def _silent_features(self) -> dict[str, dict[str, float]]:
-        """Share of each level's features, over all layers, that the last SILENT_TOKENS tokens left unused."""
-        bottlenecks = self.model.bottlenecks()
-        if not bottlenecks or self.step * self.config.tokens_per_step < SILENT_TOKENS:
+        """Share of the features of each "layer.level" that the last SILENT_TOKENS tokens left unused."""
+        if self.step * self.config.tokens_per_step < SILENT_TOKENS:
             return {}
-        silent = torch.stack([b.tokens_since_active >= SILENT_TOKENS for b in bottlenecks]).float()
-        sizes = [1 << level.n for level in bottlenecks[0].levels]
-        return {"silent": {str(i): part.mean().item() for i, part in enumerate(silent.split(sizes, dim=1))}}
+        shares: dict[str, float] = {}
+        for layer, bottleneck in enumerate(self.model.bottlenecks()):
+            silent = bottleneck.tokens_since_active >= SILENT_TOKENS
+            for level, part in enumerate(silent.split([1 << level.n for level in bottleneck.levels])):
+                shares[f"{layer}.{level}"] = part.float().mean().item()
+        return {"silent": shares} if shares else {}
 
     def _divergence_message(self, loss: float, grad_norm: float) -> str:
         found = checkpoints(self.run_dir)

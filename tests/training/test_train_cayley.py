@@ -225,3 +225,13 @@ def test_a_compiled_run_takes_the_same_steps(corpus, tmp_path):
         assert result.returncode == 0, result.stderr
         losses.append(train_losses(out))
     assert losses[0] == pytest.approx(losses[1], abs=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_run_can_be_tracked_without_an_account(corpus, tmp_path, tracker):
+    out = tmp_path / "run"
+    result = run_training("tiny", *SMALL_RUN, str(corpus), "--max-steps", "3", "--track", tracker, "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    written = [p for p in out.rglob("*") if p.suffix in (".wandb", ".db") and p.stat().st_size > 0]
+    assert written, f"{tracker} left nothing in the run folder"
