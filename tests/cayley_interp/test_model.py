@@ -1,5 +1,8 @@
 """CayleyGPT: published sizes, causality, the bottleneck in its place, generation, and the folder on disk."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -141,6 +144,14 @@ def test_the_folder_holds_the_whole_model(tmp_path, levels):
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_dictionary_that_does_not_exist_is_refused_not_guessed():
+    # In a process of its own: here the run-time checks of annotations would answer first.
+    code = "from cayley_interp import CayleySAEConfig; CayleySAEConfig(d_model=64, levels='6,8,0', dictionary='glod')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "no dictionary is called 'glod': use one of ('gold', 'bent', 'random')" in result.stderr
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):

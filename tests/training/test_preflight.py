@@ -173,7 +173,6 @@ def test_micro_batches_are_shared_evenly():
         ({"n_heads": 5}, ["d_model=64", "n_heads must divide", "5"]),
         ({"n_heads": -4}, ["n_heads must divide", "-4"]),
         ({"levels": "6,8,4"}, ["first level has no parents", "4"]),
-        ({"levels": "6,8,0", "dictionary": "glod"}, ["glod", "gold"]),
         ({"levels": "6,8,0", "momentum": 0.0}, ["momentum", "0.0"]),
     ],
 )
