@@ -9,13 +9,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from cayley_interp.chunks import row_chunks
 from cayley_interp.dictionary import SignTables
 from cayley_interp.walsh import walsh_hadamard
-
-# Bytes of atoms made at a time: a chunk that stays in a core's second-level cache is about twice as fast on a CPU as
-# one that does not, and memory does not grow with the number of tokens. A GPU wants few large launches instead.
-CHUNK_BYTES_CPU = 1 << 20
-CHUNK_BYTES_GPU = 1 << 28
 
 
 def analyse(x: Float[Tensor, "n d"], indices: Int64[Tensor, "n k"], tables: SignTables) -> Float[Tensor, "n k"]:
@@ -94,7 +90,5 @@ def _signs(indices: Tensor, tables: SignTables) -> Tensor:
 
 
 def _chunks(indices: Tensor, tables: SignTables) -> list[slice]:
-    n, k = indices.shape
-    budget = CHUNK_BYTES_CPU if indices.device.type == "cpu" else CHUNK_BYTES_GPU
-    step = max(1, budget // (k * tables.walsh.shape[-1] * tables.walsh.element_size()))
-    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+    atoms_bytes = indices.shape[-1] * tables.walsh.shape[-1] * tables.walsh.element_size()
+    return row_chunks(len(indices), atoms_bytes, indices.device)

@@ -264,7 +264,7 @@ class _BatchMoments:
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
         """In float64: a variance is a difference of moments."""
         mean = self.sum_x.double() / self.tokens
-        return mean, self.sum_xx.double() / self.tokens - torch.outer(mean, mean)
+        return mean, self.sum_xx.double().div_(self.tokens).addr_(mean, mean, alpha=-1)
 
 
 def parse_levels(levels: str) -> tuple[Level, ...]:

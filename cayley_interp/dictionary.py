@@ -19,6 +19,9 @@ from torch import Tensor
 from cayley_interp import fields
 from cayley_interp.walsh import hadamard_matrix, walsh_hadamard
 
+# Rows of a covariance summed at a time: d x d group elements as int64 would be the largest thing in a training step.
+MOMENT_ROWS = 128
+
 DictionaryMap = Literal["gold", "bent", "random"]
 
 
@@ -115,8 +118,10 @@ class CayleyDictionary:
         element s(x) + s(y), go through one transform of length 2^n.
         """
         s = self.generators.to(mean.device)
-        differences = (s[:, None] ^ s[None, :]).flatten()
-        summed = torch.bincount(differences, weights=covariance.flatten(), minlength=self.size)
+        summed = mean.new_zeros(self.size)
+        for rows in torch.arange(self.d, device=mean.device).split(MOMENT_ROWS):
+            differences = s[rows, None] ^ s[None, :]
+            summed += torch.bincount(differences.flatten(), covariance[rows].flatten(), minlength=self.size)
         variance = walsh_hadamard(summed.to(mean.dtype)) * self.size**0.5 / self.d
         return self.scores(mean), variance
 
@@ -159,7 +164,7 @@ def _splitmix64(state: int) -> int:
 @lru_cache(maxsize=32)
 def _sign_tables(t: int, n: int, map: DictionaryMap, seed: int, device: torch.device, dtype: torch.dtype) -> SignTables:
     dictionary = CayleyDictionary(t, n, map, seed)
-    walsh = hadamard_matrix(2**t, torch.device("cpu"), torch.float64) * 2 ** (t / 2)
+    walsh = hadamard_matrix(2**t, torch.device("cpu"), torch.float32) * 2 ** (t / 2)
     pattern_index = torch.arange(1 << (n - t))
     patterns = 1 - 2 * fields.parity(pattern_index[:, None] & dictionary.g)
     return SignTables(walsh.round().to(device, dtype), patterns.to(device, dtype))

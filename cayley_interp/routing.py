@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cayley_interp.atoms import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU
+from cayley_interp.chunks import row_chunks
 from cayley_interp.dictionary import SignTables
 from cayley_interp.walsh import walsh_hadamard
 
@@ -146,6 +146,4 @@ def _chunks(parents: Tensor, n_children: int, tables: SignTables) -> list[slice]
     n, p = parents.shape
     n_patterns, d = tables.patterns.shape
     floats = max(p * n_children, min(p, n_patterns) * d)
-    budget = CHUNK_BYTES_CPU if parents.device.type == "cpu" else CHUNK_BYTES_GPU
-    step = max(1, 2 * budget // (floats * tables.walsh.element_size()))
-    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+    return row_chunks(n, floats * tables.walsh.element_size() // 2, parents.device)

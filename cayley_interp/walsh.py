@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cayley_interp.chunks import row_chunks
+
 # Bits handled by one matrix product. A 64 x 64 product costs more additions than six butterflies but runs at the speed
 # of a matrix multiply; up to 7 bits a single product is the fastest split on a CPU.
 BITS_PER_FACTOR = 7
@@ -52,7 +54,14 @@ def hadamard_matrix(d: int, device: torch.device, dtype: torch.dtype) -> Float[T
 class _WalshHadamard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # noqa: ARG004
-        return _by_factors(x)
+        rows = x.reshape(-1, x.shape[-1])
+        chunks = row_chunks(len(rows), x.shape[-1] * x.element_size(), x.device)
+        if len(chunks) <= 1:
+            return _by_factors(x)
+        y = torch.empty_like(rows)
+        for chunk in chunks:
+            y[chunk] = _by_factors(rows[chunk])
+        return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> Tensor:  # noqa: ARG004

@@ -6,6 +6,8 @@ Environment variables are left out on purpose: they hold secrets, and run folder
 import importlib.metadata
 import os
 import platform
+import re
+import resource
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -82,3 +84,16 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
+
+
+def peak_resident_memory() -> int:
+    """Bytes: the largest resident size this process has had.
+
+    Not getrusage's figure where /proc has a better one: Linux passes that on through exec, so that a child of a large
+    process starts with its parent's peak.
+    """
+    status = Path("/proc/self/status")
+    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+        return 1024 * int(peak[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

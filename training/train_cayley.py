@@ -9,7 +9,6 @@ The run folder holds config.json, environment.json, metrics.jsonl, checkpoints/,
 """
 
 import json
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +34,7 @@ from analysis.evaluate import Evaluation, evaluate_run
 from analysis.report import write_report
 from cayley_interp.pretrained import save_model
 from training.data import Corpus, DataError, open_corpus
-from training.environment import describe_environment
+from training.environment import describe_environment, peak_resident_memory
 from training.loop import Trainer, TrainingDiverged, make_accelerator
 from training.preflight import PreflightError, preflight
 from training.recipes import RECIPES, RunConfig, config_from_dict
@@ -248,8 +247,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on a GPU, the process's resident peak on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_memory()
 
 
 if __name__ == "__main__":

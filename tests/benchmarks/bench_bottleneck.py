@@ -67,7 +67,7 @@ def step_of(case: str) -> Callable[[], None]:
 
 
 def main() -> None:
-    times = interleaved({case: step_of(case) for case in CASES}, rounds=9)
+    times = interleaved({case: step_of(case) for case in CASES}, rounds=7)
     memory = {case: peak_memory_of("tests.benchmarks.bench_bottleneck", case) for case in CASES}
     base = statistics.median(times["dense TopK"])
     x = torch.randn(TOKENS, D)

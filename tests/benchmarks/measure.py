@@ -1,8 +1,6 @@
 """Honest timing: interleaved runs, medians, ratios to a named baseline in one process, and peak memory apart."""
 
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -14,6 +12,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from training.environment import cpu_model, peak_resident_memory
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -38,12 +38,17 @@ def peak_memory_of(module: str, case: str) -> int:
 
 
 def resident_growth(setup: Callable[[], Callable[[], object]]) -> int:
-    """Bytes by which the resident peak grows while `setup` builds a case and its call runs twice."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Bytes by which the resident peak grows while `setup` builds a case and its call runs twice.
+
+    torch loads 40 MB of Python modules at the first `backward(grad)`, whatever the model: they are loaded before.
+    """
+    x = torch.randn(8, 8, requires_grad=True)
+    (x @ x).backward(torch.ones(8, 8))
+    before = peak_resident_memory()
     call = setup()
     call()
     call()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return peak_resident_memory() - before
 
 
 def publish(name: str, title: str, rows: list[dict], notes: list[str]) -> None:
@@ -56,7 +61,7 @@ def publish(name: str, title: str, rows: list[dict], notes: list[str]) -> None:
     made = {
         "command": f"python -m tests.benchmarks.{name}",
         "date": date.today().isoformat(),
-        "hardware": f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "hardware": f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({**made, "rows": rows, "notes": notes}, indent=2) + "\n")
@@ -70,10 +75,3 @@ def publish(name: str, title: str, rows: list[dict], notes: list[str]) -> None:
 def milliseconds(times: list[float]) -> str:
     """Median and range."""
     return f"{1e3 * statistics.median(times):.1f} ({1e3 * min(times):.1f}-{1e3 * max(times):.1f})"
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from cayley_interp import CayleyDictionary, atoms
+from cayley_interp import CayleyDictionary
 from cayley_interp.atoms import analyse, synthesise
+from cayley_interp.chunks import CHUNK_BYTES
 
 CPU = torch.device("cpu")
 
@@ -44,7 +45,7 @@ def test_each_is_the_gradient_of_the_other(case):
 def test_chunks_do_not_change_a_number(case, monkeypatch):
     _, x, indices, values, tables = case
     whole = analyse(x, indices, tables), synthesise(indices, values, tables)
-    monkeypatch.setattr(atoms, "CHUNK_BYTES_CPU", 1)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 1)
     torch.testing.assert_close(analyse(x, indices, tables), whole[0], rtol=0, atol=1e-15)
     torch.testing.assert_close(synthesise(indices, values, tables), whole[1], rtol=0, atol=1e-15)
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cayley_interp import fields, walsh_hadamard
+from cayley_interp.chunks import CHUNK_BYTES
 from cayley_interp.walsh import hadamard_matrix, walsh_hadamard_reference
 
 CPU = torch.device("cpu")
@@ -55,6 +56,13 @@ def test_gradients_and_shapes(shape):
     assert walsh_hadamard(x).shape == x.shape
     assert torch.autograd.gradcheck(walsh_hadamard, x, fast_mode=True)
     assert torch.autograd.gradgradcheck(walsh_hadamard, x, fast_mode=True)
+
+
+def test_chunks_do_not_change_a_number(monkeypatch):
+    x = batch(1024, seed=0, n=9).view(3, 3, 1024)
+    whole = walsh_hadamard(x)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 16_384)
+    torch.testing.assert_close(walsh_hadamard(x), whole, rtol=0, atol=1e-13)
 
 
 def test_strided_input():

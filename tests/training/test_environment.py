@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -57,3 +58,15 @@ def test_outside_a_checkout_or_without_git_there_is_no_commit(tmp_path, monkeypa
     assert git_state(tmp_path) == nothing
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(Path(__file__).parent) == nothing
+
+
+def test_peak_memory_is_this_process_s_own():
+    # A child of a large process: getrusage would answer with the parent's peak.
+    ballast = bytearray(400_000_000)
+    code = (
+        "from training.environment import peak_resident_memory as p; a = p(); b = bytearray(150_000_000); print(a, p())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, out.split())
+    assert before < len(ballast)
+    assert 140_000_000 < after - before < 250_000_000
