@@ -117,8 +117,8 @@ TINY = RunConfig(
     data=DataConfig(val_tokens=131_072),
     # Lockstep at 1.2e-2, as the published small models: it also won the short search in docs/log.md.
     optim=OptimConfig(muon_lr=1.2e-2, muon_min_lr=1.2e-4, adamw_lr=1.2e-2, adamw_min_lr=1.2e-4, warmup=50),
-    max_steps=600,
-    eval_every=300,
+    max_steps=700,
+    eval_every=350,
 )
 
 SMALL = CayleyGPTConfig(n_layers=12, n_heads=8, d_model=1024, n_ctx=1024, d_vocab=50304)
