@@ -113,7 +113,7 @@ TINY = RunConfig(
     model=CayleyGPTConfig(
         n_layers=4, n_heads=4, d_model=128, n_ctx=128, d_vocab=4096, levels="7,8,0;11,16,32", revive_after=10_000
     ),
-    # The whole validation split, eleven speeches: a rare feature can look dead on the first five of them.
+    # The whole validation split: a rare feature can look dead on half of it.
     data=DataConfig(val_tokens=131_072),
     # Lockstep at 1.2e-2, as the published small models: it also won the short search in docs/log.md.
     optim=OptimConfig(muon_lr=1.2e-2, muon_min_lr=1.2e-4, adamw_lr=1.2e-2, adamw_min_lr=1.2e-4, warmup=50),
