@@ -10,20 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from cayley_interp import CayleyGPT, CayleyGPTConfig
+from cayley_interp import CayleyGPT
+from tests.training.configs import LEVELS, TINY, gpt
 from training import preflight as checks
 from training.checkpoint import save_checkpoint
 from training.optim import make_optimizers
 from training.preflight import PreflightError, disk_needed, preflight
 from training.recipes import RECIPES, OptimConfig, RunConfig
-
-TINY = replace(RECIPES["tiny"][1], device="cpu")
-SMALL = RECIPES["cayley-small-2L-mlp_in-20B"][1]
-LEVELS = "6,8,0;9,16,32"
-
-
-def gpt(**changes: Any) -> CayleyGPTConfig:
-    return replace(CayleyGPTConfig(n_layers=2, n_heads=4, d_model=64, n_ctx=64, d_vocab=512), **changes)
 
 
 def with_data(run: RunConfig, **changes: Any) -> RunConfig:

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -12,22 +11,13 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from cayley_interp import CayleyGPT, CayleyGPTConfig
+from tests.training.configs import LEVELS, TINY, gpt
 from training import preflight as checks
 from training.optim import make_optimizers
 from training.preflight import count_parameters, estimate_memory
-from training.recipes import RECIPES, OptimConfig, RunConfig
+from training.recipes import RECIPES, OptimConfig
 
-TINY = replace(RECIPES["tiny"][1], device="cpu")
 SMALL = RECIPES["cayley-small-2L-mlp_in-20B"][1]
-LEVELS = "6,8,0;9,16,32"
-
-
-def gpt(**changes: Any) -> CayleyGPTConfig:
-    return replace(CayleyGPTConfig(n_layers=2, n_heads=4, d_model=64, n_ctx=64, d_vocab=512), **changes)
-
-
-def with_data(run: RunConfig, **changes: Any) -> RunConfig:
-    return replace(run, data=replace(run.data, **changes))
 
 
 @pytest.mark.parametrize("levels", [None, "6,8,0", LEVELS, "6,8,0;8,16,32;12,32,64"])
