@@ -121,6 +121,19 @@ TINY = RunConfig(
     eval_every=350,
 )
 
+# The pair that ships in the package: as many parameters as fit 8 MB in float32, three times over the speeches.
+BUNDLED = replace(
+    TINY,
+    name="cayley-tiny-2L-sotu",
+    model=CayleyGPTConfig(
+        n_layers=6, n_heads=4, d_model=128, n_ctx=256, d_vocab=4096, levels="7,8,0;12,16,32", revive_after=10_000
+    ),
+    batch_size=8,
+    max_steps=4_000,
+    eval_every=500,
+    checkpoint_every=500,
+)
+
 SMALL = CayleyGPTConfig(n_layers=12, n_heads=8, d_model=1024, n_ctx=1024, d_vocab=50304)
 LARGE = CayleyGPTConfig(n_layers=24, n_heads=16, d_model=2048, n_ctx=1024, d_vocab=50304)
 FINEWEB = DataConfig(data="hf:HuggingFaceFW/fineweb-edu:sample-100BT", tokenizer="gpt2", val_tokens=1_048_576)
@@ -156,6 +169,7 @@ RECIPES: dict[str, tuple[str, RunConfig]] = {
             "control: tiny with random signs in place of the algebraic ones",
             replace(TINY, name="tiny-random", model=replace(TINY.model, dictionary="random")),
         ),
+        ("the bundled model: 6 layers, d=128, 4,096 leaves, 8M tokens: an hour and a half of one CPU core", BUNDLED),
         (
             "12L d=1024, 10,16,0;15,32,256, 20B tokens of FineWeb-Edu (published val loss 3.1671)",
             replace(
