@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?=
 
-.PHONY: install train test check bench format clean
+.PHONY: install train test test-tl4 check bench format clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,19 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gemma and not gpu and not network and not browser"
 
+# TransformerLens 4 in an environment of its own: SAELens cannot be installed beside it.
+TL4 := $(VENV)-tl4
+
+$(TL4)/.installed: pyproject.toml constraints.txt
+	test -x $(TL4)/bin/python || $(PYTHON) -m venv $(TL4)
+	grep -v '^transformer-lens==' constraints.txt > $(TL4)/constraints.txt
+	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TL4)/constraints.txt -e ".[lens,test]" "transformer-lens==4.3.0"
+	touch $@
+
+test-tl4: $(TL4)/.installed
+	$(TL4)/bin/python -m pytest tests/cayley_interp/test_lens.py
+
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -42,4 +55,4 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.bench_training
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TL4) .pytest_cache .ruff_cache .hypothesis

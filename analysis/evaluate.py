@@ -12,10 +12,10 @@ from torch import Tensor
 from analysis.dead_features import LevelSummary, summarise
 from analysis.features import FeatureContexts, Progress, collect_features
 from analysis.ngram import NgramBaselines
-from analysis.parity import token_losses
 from analysis.sparsity import ActivityCounter
 from analysis.tokens import token_strings
 from cayley_interp import CayleyGPT
+from cayley_interp.losses import window_losses
 
 PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 120
@@ -98,7 +98,7 @@ def evaluate_run(
     model.eval()
     try:
         unigram, bigram = NgramBaselines(train_tokens, config.d_vocab).loss(val_windows)
-        losses = token_losses(model, val_windows, batch_size)
+        losses = window_losses(model, val_windows, batch_size)
         counters, features = [], []
         if config.levels is not None:
             collected = collect_features(

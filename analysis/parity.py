@@ -1,185 +1,233 @@
 """Paired comparison of models on the same tokens.
 
-python -m analysis.parity runs/tiny-a runs/tiny-b --tokens 65536
+    python -m analysis.parity runs/tiny-a runs/tiny-b --tokens 131072
+
+The models that come with the package have no run folder, and so no text beside them; this makes it again:
+
+    python training/data.py tokenize sotu --tokenizer bpe --d-vocab 4096 --out shards
+    python -m analysis.parity cayley-tiny-2L-sotu vanilla-tiny-sotu --data shards --tokens 131072
 """
 
 import json
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
-import numpy as np
 import torch
 import tyro
-from jaxtyping import Float64, Int64
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
+from analysis.breakdown import Bin, by_frequency, by_position
+from analysis.shards import TokenShards, read_shards, read_windows, shard_folder_of, training_counts
 from cayley_interp import CayleyGPT
-from cayley_interp.pretrained import load_model
+from cayley_interp.losses import PairedDifference, paired_difference, window_losses
+from cayley_interp.pretrained import load_pretrained
 
 
 @dataclass(frozen=True)
-class PairedDifference:
-    """Mean of a - b over tokens, in nats, with its standard error."""
-
-    mean: float
-    standard_error: float
-    n_sequences: int
-    n_tokens: int
-
-
-@torch.no_grad()
-def token_losses(
-    model: CayleyGPT,
-    windows: Int64[Tensor, "n pos_plus_1"],
-    batch_size: int,
-    device: torch.device | str | None = None,
-) -> Float64[Tensor, "n pos"]:
-    """Loss of every predicted token in nats, float64, on the CPU.
-
-    The model runs in eval mode, on `device` if one is given, and comes back in the mode it was in.
-
-    Raises:
-        ValueError: windows that are not [n, pos + 1] with n, pos >= 1.
-    """
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise ValueError(f"expected windows of shape [n, pos + 1] with n, pos >= 1, got {tuple(windows.shape)}")
-    device = next(model.parameters()).device if device is None else device
-    was_training = model.training
-    model.to(device).eval()
-    try:
-        return torch.cat([model.loss(batch.to(device)).cpu().double() for batch in windows.split(batch_size)])
-    finally:
-        model.train(was_training)
-
-
-def paired_difference(a: Float64[Tensor, "n pos"], b: Float64[Tensor, "n pos"]) -> PairedDifference:
-    """Mean of a - b and its standard error over sequence means.
-
-    Tokens within a sequence share their context, so the sequences are the independent units: a standard error over
-    tokens would be too small. It is nan for a single sequence.
-
-    Raises:
-        ValueError: losses of different shapes.
-    """
-    if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(f"expected losses of the same windows, both [n, pos]; got {tuple(a.shape)}, {tuple(b.shape)}")
-    by_sequence = (a - b).mean(dim=1)
-    n = len(by_sequence)
-    error = (by_sequence.std() / n**0.5).item() if n > 1 else float("nan")
-    return PairedDifference(by_sequence.mean().item(), error, n, a.numel())
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its model, and what its losses must share with another run's to be compared token by token."""
+class Subject:
+    """A model to compare, and the shards that its run validated on, if it came with any."""
 
     name: str
     model: CayleyGPT
-    tokenizer: str
-    shards: list[Path]
-    shard_sums: list[str]
-    dtype: str
+    shards: TokenShards | None
 
 
-def read_run(run: Path, device: torch.device | str = "cpu") -> Run:
-    """Open a run folder: model/, and the validation shards of data/ or of the shard folder it was trained on.
+@dataclass(frozen=True)
+class Pair:
+    """Difference a - b of two models; the breakdowns are those of `analysis.breakdown`, empty unless asked for."""
+
+    a: str
+    b: str
+    difference: PairedDifference
+    by_position: list[Bin]
+    by_frequency: list[Bin]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Mean losses of models in nats per token, and every pair's difference, on the same tokens."""
+
+    n_sequences: int
+    n_tokens: int
+    models: list[str]
+    losses: list[float]
+    pairs: list[Pair]
+
+
+# ---- What is compared, and on what ----
+
+
+def open_subject(name: str, device: torch.device | str = "cpu") -> Subject:
+    """A bundled model by name, or that of a run's or a model's folder.
 
     Raises:
-        FileNotFoundError: a part of the folder is missing.
-        ValueError: an index.json of another form.
+        FileNotFoundError: there is no such model, or a file of it is missing.
+        ValueError: a file is damaged, or the model has no tokenizer.
     """
-    model = load_model(run / "model", device)
-    tokenizer = run / "model" / "tokenizer.json"
-    data = run / "data"
-    if not (data / "index.json").is_file() and (run / "config.json").is_file():
-        data = Path(json.loads((run / "config.json").read_text())["data"]["data"])
-    for file in (tokenizer, data / "index.json"):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{run} cannot be compared: there is no {file}. Expected a finished run on token shards or local text"
+    model = load_pretrained(name, wrap=None, device=device)
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{name} has no tokenizer.json, so nothing says which tokens its ids are: add it to its folder"
+        )
+    folder = shard_folder_of(Path(name))
+    return Subject(name, model, None if folder is None else read_shards(folder))
+
+
+def common_shards(subjects: list[Subject], data: Path | None = None) -> TokenShards:
+    """The shards that all the models can be compared on: `data`, or else those of their runs.
+
+    Raises:
+        FileNotFoundError: `data` is no folder of shards.
+        ValueError: fewer than two models, nowhere any shards, or two that differ in validation shards, tokenizer or
+            n_ctx, so that their losses would not be of the same tokens in the same contexts.
+    """
+    if len(subjects) < 2:
+        raise ValueError(f"expected at least two models to compare, got {len(subjects)}")
+    own = [(subject.name, subject.shards) for subject in subjects if subject.shards is not None]
+    name, shards = (str(data), read_shards(data)) if data is not None else own[0] if own else ("", None)
+    if shards is None:
+        raise ValueError(
+            "no text to compare on: none of these is a run folder with token shards. Give --data FOLDER, made by "
+            "python training/data.py tokenize TEXT --tokenizer TOKENIZER.json --out FOLDER"
+        )
+    remedy = "their losses would not be of the same tokens in the same contexts"
+    for other, theirs in own if data is None else ():
+        if theirs.val_sums != shards.val_sums:
+            raise ValueError(
+                f"{name} and {other} have different validation shards, {remedy}: give one as --data FOLDER"
             )
-    index = json.loads((data / "index.json").read_text())
-    try:
-        entries = index["splits"]["val"]
-        shards, sums = [data / entry["file"] for entry in entries], [entry["sha256"] for entry in entries]
-        return Run(str(run), model, tokenizer.read_text(), shards, sums, index["dtype"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{data / 'index.json'} is not an index of token shards: it lacks {error}") from error
+    n_ctx = subjects[0].model.config.n_ctx
+    for subject in subjects:
+        assert subject.model.tokenizer is not None
+        if subject.model.tokenizer.to_str() != shards.tokenizer.to_str():
+            raise ValueError(f"{subject.name} and {shards.folder} have different tokenizers, {remedy}")
+        if subject.model.config.n_ctx != n_ctx:
+            raise ValueError(
+                f"{subjects[0].name} and {subject.name} have different context lengths n_ctx, {n_ctx} and "
+                f"{subject.model.config.n_ctx}, {remedy}"
+            )
+    return shards
 
 
-def check_comparable(runs: list[Run]) -> None:
-    """Whether the runs' losses are of the same tokens in the same contexts.
+def compare(subjects: list[Subject], shards: TokenShards, n_tokens: int, batch_size: int) -> Comparison:
+    """Losses and differences on the first validation windows of the shards; two models' difference is broken down too.
 
     Raises:
-        ValueError: fewer than two runs, or two that differ in tokenizer, validation shards or n_ctx.
+        ValueError: not one whole window of validation tokens, or no training token to count.
     """
-    if len(runs) < 2:
-        raise ValueError(f"expected at least two run folders to compare, got {len(runs)}")
-    first = runs[0]
-    for other in runs[1:]:
-        for what, a, b in (
-            ("tokenizers", first.tokenizer, other.tokenizer),
-            ("validation shards", first.shard_sums, other.shard_sums),
-            ("context lengths n_ctx", first.model.config.n_ctx, other.model.config.n_ctx),
+    config = subjects[0].model.config
+    windows = read_windows(shards, config.n_ctx, n_tokens)
+    losses = [window_losses(subject.model, windows, batch_size) for subject in subjects]
+    pairs = []
+    for i, j in combinations(range(len(subjects)), 2):
+        a, b, bins = losses[i], losses[j], ([], [])
+        if len(subjects) == 2:
+            d_vocab = max(subject.model.config.d_vocab for subject in subjects)
+            bins = by_position(a, b), by_frequency(a, b, windows[:, 1:], training_counts(shards, d_vocab))
+        pairs.append(Pair(subjects[i].name, subjects[j].name, paired_difference(a, b), *bins))
+    models, means = [subject.name for subject in subjects], [loss.mean().item() for loss in losses]
+    return Comparison(len(windows), losses[0].numel(), models, means, pairs)
+
+
+# ---- How it is shown ----
+
+
+class Sheet(NamedTuple):
+    """A table of text; the first column is left-aligned, numbers follow."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def sheets(comparison: Comparison) -> Iterator[Sheet]:
+    """The tables of a comparison: losses, differences, and where there are any, the breakdowns."""
+    tokens = f"{comparison.n_tokens:,} validation tokens in {comparison.n_sequences:,} sequences"
+    losses = zip(comparison.models, comparison.losses, strict=True)
+    yield Sheet(tokens, ["model", "loss (nats per token)"], [[name, f"{loss:.4f}"] for name, loss in losses])
+    differences = [[f"{p.a} − {p.b}", show(p.difference)] for p in comparison.pairs]
+    yield Sheet("Paired differences", ["pair", "difference ± standard error"], differences)
+    for pair in comparison.pairs:
+        for title, bins in (
+            ("By position in the context", pair.by_position),
+            ("By frequency of the predicted token, tenths of the training text, commonest first", pair.by_frequency),
         ):
-            if a != b:
-                raise ValueError(
-                    f"{first.name} and {other.name} have different {what}, so their losses are not of the same tokens "
-                    "in the same contexts: train both on one shard folder (--data DIR)"
-                )
+            if bins:
+                header = ["bin", "tokens", pair.a, pair.b, "difference ± standard error"]
+                yield Sheet(title, header, [bin_row(b) for b in bins])
 
 
-def read_windows(run: Run, n_tokens: int) -> Int64[Tensor, "n pos_plus_1"]:
-    """The first windows of the validation shards with at most n_tokens predicted tokens: n_ctx + 1 ids, n_ctx apart.
-
-    Raises:
-        ValueError: not one whole window.
-    """
-    n_ctx = run.model.config.n_ctx
-    parts, missing = [], n_tokens // n_ctx
-    for shard in run.shards:
-        tokens = np.memmap(shard, run.dtype, "r")
-        n = min(missing, (len(tokens) - 1) // n_ctx)
-        parts += [tokens[i * n_ctx : (i + 1) * n_ctx + 1].astype(np.int64) for i in range(n)]
-        missing -= n
-    if not parts:
-        raise ValueError(f"no window of n_ctx + 1 = {n_ctx + 1} validation tokens in {run.name}: raise --tokens")
-    return torch.from_numpy(np.stack(parts))
+def bin_row(b: Bin) -> list[str]:
+    return [b.label, f"{b.difference.n_tokens:,}", f"{b.loss_a:.4f}", f"{b.loss_b:.4f}", show(b.difference)]
 
 
-def compare(
-    runs: tyro.conf.Positional[tuple[Path, ...]], tokens: int = 65_536, batch_size: int = 16, device: str = "cpu"
+def show(difference: PairedDifference) -> str:
+    return f"{difference.mean:+.4f} ± {difference.standard_error:.4f}"
+
+
+def to_rich(sheet: Sheet) -> Table:
+    table = Table(title=sheet.title)
+    for i, name in enumerate(sheet.header):
+        table.add_column(escape(name), justify="right" if i else "left", overflow="fold")
+    for row in sheet.rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def to_markdown(sheet: Sheet) -> str:
+    lines = [sheet.header, ["---", *["---:"] * (len(sheet.header) - 1)], *sheet.rows]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"{sheet.title}:\n\n{table}\n"
+
+
+def write(path: Path, text: str) -> None:
+    """All of the file or nothing of it."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def main(
+    models: tyro.conf.Positional[tuple[str, ...]],
+    data: Path | None = None,
+    tokens: int = 65_536,
+    batch_size: int = 16,
+    device: str = "cpu",
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    markdown: Path | None = None,
 ) -> None:
-    """Compare the models of finished runs token by token: each one's loss, and every pair's difference.
+    """Compare models token by token: each one's loss, every pair's difference, and where two of them differ.
 
     Args:
-        runs: Two or more run folders.
+        models: Two or more of: a bundled model's name, a run folder, a model's folder.
+        data: Folder of token shards whose validation split to compare on; by default that of the run folders.
         tokens: Validation tokens to compare on.
         batch_size: Sequences at once; the figures do not depend on it.
         device: Device to run the models on.
+        json_file: Write every figure to this file.
+        markdown: Write the tables to this file.
     """
-    opened = [read_run(run, device) for run in runs]
-    check_comparable(opened)
-    windows = read_windows(opened[0], tokens)
-    losses = [token_losses(run.model, windows, batch_size) for run in opened]
-    table = Table("", "nats per token", "± standard error", title=f"{losses[0].numel():,} validation tokens")
-    for run, loss in zip(opened, losses, strict=True):
-        table.add_row(escape(run.name), f"{loss.mean():.4f}", "")
-    table.add_section()
-    for (i, a), (j, b) in combinations(enumerate(opened), 2):
-        difference = paired_difference(losses[i], losses[j])
-        row = f"{difference.mean:+.4f}", f"{difference.standard_error:.4f}"
-        table.add_row(escape(f"{a.name} − {b.name}"), *row)
-    Console().print(table)
+    subjects = [open_subject(name, device) for name in models]
+    comparison = compare(subjects, common_shards(subjects, data), tokens, batch_size)
+    tables = list(sheets(comparison))
+    console = Console()
+    for sheet in tables:
+        console.print(to_rich(sheet))
+    if json_file is not None:
+        write(json_file, json.dumps(asdict(comparison), indent=2) + "\n")
+    if markdown is not None:
+        write(markdown, "\n".join(map(to_markdown, tables)))
 
 
 if __name__ == "__main__":
     try:
-        tyro.cli(compare, prog="python -m analysis.parity")
-    except (ValueError, FileNotFoundError) as error:
+        tyro.cli(main, prog="python -m analysis.parity")
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

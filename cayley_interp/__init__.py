@@ -2,7 +2,9 @@
 
 from cayley_interp.bottleneck import CayleySAE, CayleySAEConfig, Level, LevelCodes, parse_levels
 from cayley_interp.dictionary import CayleyDictionary
+from cayley_interp.folder import save_pretrained
 from cayley_interp.model import CayleyGPT, CayleyGPTConfig
+from cayley_interp.pretrained import bundled_models, load_pretrained, push_to_hub
 from cayley_interp.walsh import walsh_hadamard
 
 __all__ = [
@@ -13,6 +15,10 @@ __all__ = [
     "CayleySAEConfig",
     "Level",
     "LevelCodes",
+    "bundled_models",
+    "load_pretrained",
     "parse_levels",
+    "push_to_hub",
+    "save_pretrained",
     "walsh_hadamard",
 ]

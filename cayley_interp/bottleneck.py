@@ -12,6 +12,7 @@ Published as the bottleneck of the `cayley-*-mlp_in` models (arXiv:2607.20652); 
 are documented and which are read between the lines.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -25,6 +26,9 @@ from cayley_interp.routing import Selection, Standardiser, select_children, sele
 
 REVIVE_STEP = 0.1
 """By how much a step raises the bias of a silent feature, in standard deviations of its score."""
+
+MIN_STD = 1e-6
+"""Least standard deviation of a score: a batch of one token has none."""
 
 
 class Level(NamedTuple):
@@ -152,6 +156,19 @@ class CayleySAE(nn.Module):
             ]
             return sum(parts[1:], parts[0]).view(*batch, d)
 
+    def to_dense(self, codes: tuple[LevelCodes, ...]) -> tuple[Float[Tensor, "*batch _"], ...]:
+        """The same code as one [*batch, 2^n] tensor per level, 0 where a feature is not active."""
+        sizes = (1 << level.n for level in self.levels)
+        return tuple(
+            c.values.new_zeros(*c.values.shape[:-1], size).scatter(-1, c.indices, c.values)
+            for c, size in zip(codes, sizes, strict=True)
+        )
+
+    def decode_dense(self, acts: Sequence[Float[Tensor, "*batch _"]]) -> Float[Tensor, "*batch d_model"]:
+        """`decode` of dense codes, whatever their number of active features: one transform per level."""
+        parts = [self.dictionary.combine(level) for level in acts]
+        return sum(parts[1:], parts[0])
+
     @torch.no_grad()
     def update_statistics(self) -> None:
         """Move the running statistics by the batches seen since the last call, over all processes together.
@@ -178,7 +195,7 @@ class CayleySAE(nn.Module):
             old_mean, old_std = self.mean[offset : offset + size], self.std[offset : offset + size]
             variance = old_std.double().square().lerp(variances[:size].clamp(min=0), weight)
             old_mean.lerp_(means[:size].to(old_mean.dtype), weight)
-            old_std.copy_(variance.sqrt())
+            old_std.copy_(variance.sqrt().clamp(min=MIN_STD))
         self.n_updates += 1
 
     def _select(self, x: Tensor) -> list[Selection]:
@@ -217,7 +234,7 @@ class CayleySAE(nn.Module):
         if self.config.score_standardize == "none":
             return Standardiser(x.new_ones(1, 1), bias)
         if self.config.score_standardize == "feature":
-            scale = 1 / self.std[None, offset : offset + size].to(x.dtype).clamp(min=1e-6)
+            scale = 1 / self.std[None, offset : offset + size].to(x.dtype).clamp(min=MIN_STD)
             return Standardiser(scale, bias - self.mean[None, offset : offset + size].to(x.dtype) * scale)
         zero = (self.dictionary.generators.to(x.device) & (size - 1) == 0).to(x.dtype)
         mean = (x @ zero)[:, None] / x.shape[-1] ** 0.5

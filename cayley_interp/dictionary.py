@@ -101,6 +101,14 @@ class CayleyDictionary:
         spread = spread.index_copy(-1, self.generators.to(x.device), x)
         return walsh_hadamard(spread) * (self.size / self.d) ** 0.5
 
+    def combine(self, acts: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch d"]:
+        """sum_u acts_u D_u of a dense code, the adjoint of `scores`; a code of 2^m < 2^n features is of that level."""
+        size = acts.shape[-1]
+        if size & (size - 1) or not self.d <= size <= self.size:
+            raise ValueError(f"a dense code of {self!r} has 2^m features, {self.t} <= m <= {self.n}; got {size}")
+        at_generators = walsh_hadamard(acts)[..., self.generators.to(acts.device) & (size - 1)]
+        return at_generators * (size / self.d) ** 0.5
+
     def spectrum(self) -> Float[Tensor, " size"]:
         """<D_u, D_v> as a function of u xor v, float64, exact: the normalised spectrum of the Cayley graph."""
         return self.scores(torch.ones(self.d, dtype=torch.float64)) / self.d**0.5

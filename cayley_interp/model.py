@@ -5,6 +5,7 @@ the published `cayley-*` and `vanilla-*` models. Modules carry names that Transf
 """
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cayley_interp.bottleneck import BottleneckOptions, CayleySAE, CayleySAEConfig, LevelCodes
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,8 @@ class CayleyGPT(nn.Module):
     def __init__(self, config: CayleyGPTConfig):
         super().__init__()
         self.config = config
+        self.tokenizer: Tokenizer | None = None
+        """Set by `load_pretrained`; saved with the model."""
         self.tok = nn.Embedding(config.d_vocab, config.d_model)
         self.wpe = nn.Embedding(config.n_ctx, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))

@@ -21,6 +21,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from cayley_interp.tokenizer import read_tokenizer
 from training.recipes import DataConfig
 from training.shards import TOKENIZER, PackedWindows, TokenWindows, read_index, tokenize_to_shards, write_atomically
 from training.text import (
@@ -33,7 +34,7 @@ from training.text import (
     split_documents,
     text_of,
 )
-from training.tokenizer import check_vocab, encode_documents, eos_id, load_tokenizer, read_tokenizer
+from training.tokenizer import check_vocab, encode_documents, eos_id, load_tokenizer
 
 STREAM_DOCUMENTS = 64  # documents encoded at once by a TokenStream
 

@@ -20,7 +20,7 @@ from cayley_interp import CayleyGPT
 from cayley_interp.model import token_losses
 from training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from training.data import Corpus
-from training.optim import make_optimizers, set_learning_rates
+from training.optim import Schedule, cold_stop, first_schedule, make_optimizers, set_learning_rates
 from training.recipes import RunConfig
 
 SILENT_TOKENS = 100_000
@@ -44,6 +44,7 @@ class Trainer:
         compiled = torch.compile(self.model) if config.compile else self.model
         self.forward: Callable[[Tensor], Tensor] = accelerator.prepare(compiled)
         self.step = 0
+        self.schedule = first_schedule(config)
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint; False if there is none yet."""
@@ -55,6 +56,8 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.corpus.train.load_state_dict(state["data"])
         self.step = state["step"]
+        if self.config.target_val_loss is not None:
+            self.schedule = Schedule(*state["schedule"])
         return True
 
     def run(
@@ -62,7 +65,7 @@ class Trainer:
         log: Callable[[dict[str, Any]], None] = lambda _: None,
         progress: Callable[[int, float, float], None] = lambda *_: None,
     ) -> None:
-        """Train to the last step; `log` takes a record a line, `progress` (step, loss, tokens a second).
+        """Train to the end of the schedule; `log` takes a record a line, `progress` (step, loss, tokens a second).
 
         Raises:
             TrainingDiverged: before any weight is touched by the step that went wrong.
@@ -71,17 +74,18 @@ class Trainer:
         self.model.train()
         losses: list[float] = []
         seconds = 0.0
-        while self.step < config.max_steps:
+        while self.step < self.schedule.end:
             start = time.perf_counter()
-            rates = set_learning_rates(self.optimizers, config.optim, self.step, config.max_steps)
+            rates = set_learning_rates(self.optimizers, config.optim.warmup, self.schedule, self.step)
             loss, grad_norm = self._train_step()
             self.step += 1
             losses.append(loss)
             seconds += time.perf_counter() - start
             speed = len(losses) * config.tokens_per_step / seconds
-            last = self.step == config.max_steps
             progress(self.step, loss, speed)
-            if last or self.step % config.log_every == 0:
+            # Before the step is logged or saved: a cold stop can make it the last.
+            validation = self._validate() if self._is_due(config.eval_every) else None
+            if self._is_due(config.log_every):
                 record = {
                     "step": self.step,
                     "tokens": self.step * config.tokens_per_step,
@@ -93,10 +97,23 @@ class Trainer:
                 }
                 log(record | self._silent_features())
                 losses, seconds = [], 0.0
-            if last or self.step % config.eval_every == 0:
-                log({"step": self.step, "val_loss": self.validation_loss()})
-            if last or self.step % config.checkpoint_every == 0:
+            if validation is not None:
+                log(validation)
+            if self._is_due(config.checkpoint_every):
                 self.save()
+
+    def _is_due(self, every: int) -> bool:
+        return self.step == self.schedule.end or self.step % every == 0
+
+    def _validate(self) -> dict[str, Any]:
+        """The record of a validation, after the schedule has heard of it."""
+        val_loss = self.validation_loss()
+        self.schedule, decision = cold_stop(self.schedule, self.config, self.step, val_loss)
+        record = {"step": self.step, "val_loss": val_loss}
+        if decision is not None:
+            start, end = self.schedule.start, self.schedule.end
+            return record | {"decision": decision, "warmdown_start": start, "warmdown_end": end}
+        return record
 
     def _train_step(self) -> tuple[float, float]:
         """One optimiser step; its mean loss over all processes and its gradient norm."""
@@ -152,6 +169,7 @@ class Trainer:
             state = {
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "data": self.corpus.train.state_dict(),
+                "schedule": [self.schedule.start, self.schedule.end],
             }
             save_checkpoint(self.run_dir, self.step, self.model, state, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()

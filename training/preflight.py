@@ -54,6 +54,7 @@ def preflight(config: RunConfig, run_dir: Path, world_size: int, resume: bool) -
     problems = [
         *numbers,
         *bad_schedule(config.optim),
+        *([] if numbers or config.target_val_loss is None else bad_cold_stop(config, config.target_val_loss)),
         indivisible(config.grad_accum, world_size),
         unusable_folder(run_dir, resume),
         missing_tracker(config.track),
@@ -119,6 +120,27 @@ def bad_schedule(optim: OptimConfig) -> list[str]:
     return problems
 
 
+def bad_cold_stop(config: RunConfig, target: float) -> list[str]:
+    """A target loss that cannot be one, or a schedule that could not end at it."""
+    problems, frac = [], config.optim.warmdown_frac
+    if not (0 < target < math.inf and 0 <= config.target_margin < math.inf):
+        problems.append(
+            f"--target-val-loss {target} and --target-margin {config.target_margin}: expected nats per token, a finite "
+            "target above 0 and a margin of at least 0"
+        )
+    if frac in (0, 1):
+        problems.append(
+            f"--warmdown-frac {frac}: a cold stop (--target-val-loss) is a flat part and a warm-down: use 0.5, say"
+        )
+    first = -(-max(1, config.optim.warmup) // config.eval_every) * config.eval_every
+    if first >= config.max_steps:
+        problems.append(
+            f"--eval-every {config.eval_every}: a cold stop (--target-val-loss) needs a validation loss after --warmup "
+            f"{config.optim.warmup} and before --max-steps {config.max_steps}: validate more often"
+        )
+    return problems
+
+
 def indivisible(grad_accum: int, world_size: int) -> str | None:
     """A step's micro-batches are shared out evenly, so that it is the same step on any number of processes."""
     if grad_accum < 1 or grad_accum % world_size == 0:
@@ -169,7 +191,8 @@ def disk_needed(config: RunConfig) -> int:
     weights = itemsize * sum(count) + model.n_layers * d_sae(model) * (2 * itemsize + 8)
     optimizer = itemsize * (count.matrices + 2 * count.others)
     shards = text_bytes(config.data.data) // 4 * (2 if model.d_vocab <= 1 << 16 else 4)
-    return (config.keep_checkpoints + 1) * (weights + optimizer) + weights + shards
+    written = min(config.keep_checkpoints + 1, -(-config.max_steps // config.checkpoint_every))
+    return written * (weights + optimizer) + weights + shards
 
 
 def text_bytes(spec: str) -> int:

@@ -65,6 +65,10 @@ class RunConfig:
     """The optimisers and their schedule."""
     max_steps: int = 1_000
     """Optimiser steps; the schedule is laid out over them."""
+    target_val_loss: float | None = None
+    """Cold stop: end, annealed, at this validation loss (nats per token) instead of at `max_steps`, then the most."""
+    target_margin: float = 0.2
+    """Cold stop: the warm-down starts once the validation loss is within this of the target: what it should bring."""
     batch_size: int = 16
     """Sequences in one micro-batch on one process."""
     grad_accum: int = 1
@@ -170,6 +174,20 @@ RECIPES: dict[str, tuple[str, RunConfig]] = {
             replace(TINY, name="tiny-random", model=replace(TINY.model, dictionary="random")),
         ),
         ("the bundled model: 6 layers, d=128, 4,096 leaves, 8M tokens: an hour and a half of one CPU core", BUNDLED),
+        (
+            "its partner without the bottleneck, ended by a cold stop at the same validation loss",
+            replace(
+                BUNDLED,
+                name="vanilla-tiny-sotu",
+                model=replace(BUNDLED.model, levels=None),
+                # Where cayley-tiny-2L-sotu ended; its own warm-down brought 0.32 nats, a shorter run's brings more.
+                target_val_loss=3.9126,
+                target_margin=0.38,
+                eval_every=50,
+                checkpoint_every=50,
+                keep_checkpoints=1_000,
+            ),
+        ),
         (
             "12L d=1024, 10,16,0;15,32,256, 20B tokens of FineWeb-Edu (published val loss 3.1671)",
             replace(

@@ -20,8 +20,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from cayley_interp.tokenizer import vocab_size
 from training.text import INDEX, SPLITS, DataError, Split, source_files, split_documents, splits_by_hash
-from training.tokenizer import EncodedPiece, encode_documents, eos_id, vocab_size
+from training.tokenizer import EncodedPiece, encode_documents, eos_id
 
 TOKENIZER = "tokenizer.json"
 FORMAT_VERSION = 1

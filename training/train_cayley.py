@@ -32,7 +32,7 @@ from rich.progress import (
 
 from analysis.evaluate import Evaluation, evaluate_run
 from analysis.report import write_report
-from cayley_interp.pretrained import save_model
+from cayley_interp.folder import save_pretrained
 from training.data import Corpus, DataError, open_corpus
 from training.environment import describe_environment, peak_resident_memory
 from training.loop import Trainer, TrainingDiverged, make_accelerator
@@ -159,24 +159,29 @@ def run_main(config: RunConfig, trainer: Trainer, corpus: Corpus, run_dir: Path)
     metrics.truncate_after(trainer.step)
     tracker = start_tracker(config.track, run_dir, config.name, asdict(config))
     console.print(
-        f"{config.name}: {trainer.model.num_parameters():,} parameters, {config.max_steps:,} steps of "
+        f"{config.name}: {trainer.model.num_parameters():,} parameters, "
+        f"{'at most ' if config.target_val_loss else ''}{trainer.schedule.end:,} steps of "
         f"{config.tokens_per_step:,} tokens on {trainer.accelerator.device} x {trainer.accelerator.num_processes}, "
         f"from step {trainer.step:,}"
     )
     with make_progress("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s") as bar:
-        task = bar.add_task("training", total=config.max_steps, completed=trainer.step, loss=0.0, speed=0.0)
+        task = bar.add_task("training", total=trainer.schedule.end, completed=trainer.step, loss=0.0, speed=0.0)
 
         def log(record: dict) -> None:
             metrics.append(record)
             tracker.log(record, record["step"])
-            bar.console.print(describe(record, config), markup=False)
+            bar.console.print(describe(record, config, trainer.schedule.end), markup=False)
 
         def progress(step: int, loss: float, speed: float) -> None:
-            bar.update(task, completed=step, loss=loss, speed=speed)
+            bar.update(task, completed=step, total=trainer.schedule.end, loss=loss, speed=speed)
 
         trainer.run(log, progress)
-    save_model(trainer.model, run_dir / "model", corpus.tokenizer.to_str())
+    trainer.model.tokenizer = corpus.tokenizer
+    save_pretrained(trainer.model, run_dir / "model")  # before anything that could fail
     evaluation = evaluate(config, trainer, corpus)
+    save_pretrained(
+        trainer.model, run_dir / "model", training=training_record(config, trainer.step, evaluation, run_dir)
+    )
     final = evaluation.scalars() | {
         "n_parameters": trainer.model.num_parameters(),
         "peak_memory_bytes": peak_memory(trainer.accelerator.device),
@@ -189,6 +194,21 @@ def run_main(config: RunConfig, trainer: Trainer, corpus: Corpus, run_dir: Path)
     report = write_report(run_dir, evaluation)
     print_summary(evaluation)
     print(f"run folder: {run_dir.resolve()}\nreport:     {report.resolve()}", flush=True)
+
+
+def training_record(config: RunConfig, step: int, evaluation: Evaluation, run_dir: Path) -> dict:
+    """What a model's training.json and card say of its making."""
+    environment = json.loads((run_dir / "environment.json").read_text())
+    shown = {name: environment[name] for name in ("started", "commit", "device", "platform", "processes")}
+    versions = {name: environment["versions"][name] for name in ("python", "torch", "accelerate", "cayley-interp")}
+    return {
+        "recipe": config.name,
+        "data": config.data.data,
+        "steps": step,
+        "tokens": step * config.tokens_per_step,
+        **evaluation.scalars(),
+        "environment": shown | versions,
+    }
 
 
 def evaluate(config: RunConfig, trainer: Trainer, corpus: Corpus) -> Evaluation:
@@ -232,14 +252,16 @@ def make_progress(numbers: str) -> Progress:
     )
 
 
-def describe(record: dict, config: RunConfig) -> str:
+def describe(record: dict, config: RunConfig, end: int) -> str:
     """A log record as a line to read; it stays when the output is not a terminal and the bar is not drawn."""
+    step = f"step {record['step']:>6,}/{end:,}"
     if "val_loss" in record:
-        return f"step {record['step']:>6,}/{config.max_steps:,}  validation loss {record['val_loss']:.4f}"
-    left = (config.max_steps - record["step"]) * config.tokens_per_step / record["tokens_per_second"]
+        line = f"{step}  validation loss {record['val_loss']:.4f}"
+        return f"{line}\n{record['decision']}" if "decision" in record else line
+    left = (end - record["step"]) * config.tokens_per_step / record["tokens_per_second"]
     return (
-        f"step {record['step']:>6,}/{config.max_steps:,}  loss {record['train_loss']:.4f}  "
-        f"{record['tokens_per_second']:,.0f} tokens/s  {int(left // 60)}:{int(left % 60):02d} left"
+        f"{step}  loss {record['train_loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
+        f"{int(left // 60)}:{int(left % 60):02d} left"
     )
 
 

@@ -8,10 +8,10 @@ import torch
 
 from analysis.evaluate import evaluate_run, frequency_histogram
 from analysis.features import choose_features, collect_features, top_contexts
-from analysis.parity import token_losses
 from analysis.sparsity import ActivityCounter
 from analysis.tokens import token_strings, visible
 from cayley_interp import LevelCodes
+from cayley_interp.losses import window_losses
 from tests.analysis.fabricated import HOSTILE, SPECIAL, evaluate, make_model, make_tokenizer, make_windows
 
 LEVELS = "4,2,0;7,4,8"
@@ -87,7 +87,7 @@ def test_histogram_holds_every_feature_that_is_not_dead():
 def test_evaluation_is_consistent_and_json():
     model, windows = make_model(LEVELS).train(), make_windows()
     evaluation = evaluate(LEVELS)
-    assert evaluation.val_loss == pytest.approx(token_losses(model, windows, 12).mean().item(), rel=1e-6)
+    assert evaluation.val_loss == pytest.approx(window_losses(model, windows, 12).mean().item(), rel=1e-6)
     assert evaluation.val_tokens == 12 * 16
     scalars = json.loads(json.dumps(evaluation.scalars()))
     assert [(row["layer"], row["level"]) for row in scalars["levels"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]

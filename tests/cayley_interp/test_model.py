@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from cayley_interp import CayleyGPT, CayleyGPTConfig
 from cayley_interp.model import token_losses
-from cayley_interp.pretrained import load_model, save_model
 
 SMALL = {"n_layers": 2, "n_heads": 2, "d_model": 16, "n_ctx": 12, "d_vocab": 50}
 
@@ -131,37 +130,9 @@ def test_a_context_too_long_is_named():
         make()(tokens(1, 13))
 
 
-@pytest.mark.parametrize("levels", [None, "4,3,0;7,5,6"])
-def test_the_folder_holds_the_whole_model(tmp_path, levels):
-    model = make(levels).float()
-    for sae in model.bottlenecks():
-        sae.mean.normal_()
-        sae.tokens_since_active.random_(100)
-    save_model(model, tmp_path / "model", tokenizer_json="{}")
-    loaded = load_model(tmp_path / "model")
-    assert loaded.config == model.config
-    assert torch.equal(loaded(tokens()), model(tokens()))
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, loaded.state_dict()[name]), name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
-
-
 def test_a_dictionary_that_does_not_exist_is_refused_not_guessed():
     # In a process of its own: here the run-time checks of annotations would answer first.
     code = "from cayley_interp import CayleySAEConfig; CayleySAEConfig(d_model=64, levels='6,8,0', dictionary='glod')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert "no dictionary is called 'glod': use one of ('gold', 'bent', 'random')" in result.stderr
-
-
-def test_a_folder_that_is_no_model_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-        load_model(tmp_path)
-    save_model(make().float(), tmp_path / "model")
-    weights = tmp_path / "model" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"model\.safetensors does not fit"):
-        load_model(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text('{"n_layer": 2}')
-    with pytest.raises(ValueError, match=r"config\.json is not the config of a CayleyGPT"):
-        load_model(tmp_path / "model")

@@ -12,13 +12,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from cayley_interp.tokenizer import vocab_size
 from tests.training.texts import decoded_documents, encode, make_texts, read_tokens, write_jsonl
 from training import data
 from training.data import TokenStream
 from training.recipes import DataConfig
 from training.shards import TokenWindows
 from training.text import SPLITS, DataError, is_validation, iter_documents, split_documents
-from training.tokenizer import vocab_size
 
 # ---- Streams ----
 

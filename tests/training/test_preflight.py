@@ -35,6 +35,7 @@ def test_a_good_run_passes_and_leaves_nothing(tmp_path):
 def test_every_recipe_has_sane_numbers(name):
     run = RECIPES[name][1]
     assert checks.bad_numbers(run) == checks.bad_schedule(run.optim) == []
+    assert run.target_val_loss is None or checks.bad_cold_stop(run, run.target_val_loss) == []
 
 
 def test_all_problems_are_listed_at_once(tmp_path):
@@ -130,6 +131,27 @@ def test_schedules_that_cannot_be(changes, flag):
 @pytest.mark.parametrize("changes", [{"warmdown_frac": 0.0}, {"warmdown_frac": 1.0}, {"muon_min_lr": 2e-2}])
 def test_the_ends_of_the_ranges_are_allowed(changes):
     assert checks.bad_schedule(OptimConfig(**changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"target_val_loss": 0.0}, "--target-val-loss 0.0"),
+        ({"target_val_loss": math.nan}, "--target-val-loss nan"),
+        ({"target_margin": -0.1}, "--target-val-loss 3.0 and --target-margin -0.1"),
+        ({"optim": OptimConfig(warmup=50, warmdown_frac=1.0)}, "--warmdown-frac 1.0"),
+        ({"optim": OptimConfig(warmup=50, warmdown_frac=0.0)}, "--warmdown-frac 0.0"),
+        ({"eval_every": 100}, "--eval-every 100"),
+        ({"eval_every": 30, "optim": OptimConfig(warmup=91)}, "--eval-every 30"),
+    ],
+)
+def test_cold_stops_that_cannot_be(tmp_path, changes, flag):
+    run = replace(TINY, max_steps=100, eval_every=50, target_val_loss=3.0)
+    preflight(run, tmp_path, world_size=1, resume=False)
+    with pytest.raises(PreflightError) as error:
+        preflight(replace(run, **changes), tmp_path, world_size=1, resume=False)
+    assert str(error.value).startswith(f"- {flag}")
+    assert "\n" not in str(error.value)
 
 
 def test_micro_batches_are_shared_evenly():
@@ -253,6 +275,11 @@ def test_checkpoints_take_the_disk_they_are_estimated_at(tmp_path):
     folder = save_checkpoint(tmp_path, 1, model, state, keep=1)
     weights = (folder / "model.safetensors").stat().st_size
     assert disk_needed(run) == pytest.approx(2 * checks.folder_bytes(folder) + weights, rel=0.05)
+
+
+def test_no_more_checkpoints_are_counted_than_the_run_writes():
+    run = replace(TINY, max_steps=1000, checkpoint_every=300, keep_checkpoints=1000)
+    assert disk_needed(run) == disk_needed(replace(run, keep_checkpoints=3))  # 300, 600, 900 and 1000
 
 
 def test_text_becomes_shards_of_a_quarter_of_its_bytes(tmp_path):

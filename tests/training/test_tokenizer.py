@@ -9,10 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from cayley_interp.tokenizer import vocab_size
 from tests.training.texts import encode, make_texts, write_jsonl
 from training import tokenizer as tokenizer_module
 from training.text import DataError, is_validation
-from training.tokenizer import encode_documents, eos_id, load_tokenizer, vocab_size
+from training.tokenizer import encode_documents, eos_id, load_tokenizer
 
 # ---- Tokenizers ----
 
@@ -106,7 +107,7 @@ def test_tokenizer_errors(tmp_path: Path):
         load_tokenizer("gtp2", "sotu", 50304, 0.05)
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
-    with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
         load_tokenizer(str(path), "sotu", 50304, 0.05)
     Tokenizer(models.BPE()).save(str(path))
     with pytest.raises(DataError, match=r"no <\|endoftext\|>"):

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from cayley_interp.tokenizer import read_tokenizer
 from training.shards import read_index
-from training.tokenizer import encode_documents, eos_id, read_tokenizer
+from training.tokenizer import encode_documents, eos_id
 
 WORDS = ["the", "state", "of", "our", "union", "is", "strong", "and", "we", "keep", "it", "people"]
 
