@@ -184,7 +184,11 @@ class CayleySAE(nn.Module):
         self.tokens_since_active += int(batch.tokens)
         self.tokens_since_active[active] = 0
         if self.config.revive_after is not None:
-            self.bias[self.tokens_since_active >= self.config.revive_after] += REVIVE_STEP
+            raised = REVIVE_STEP * (self.tokens_since_active >= self.config.revive_after).to(self.bias.dtype)
+            # Selection compares biases of one level: taking the mean away changes none, and keeps values from drifting.
+            for level in raised.split([1 << level.n for level in self.levels]):
+                level -= level.mean()
+            self.bias += raised
         if self.config.score_standardize != "feature":
             return
         mean, covariance = batch.mean_and_covariance()

@@ -170,6 +170,7 @@ def save_pretrained(model: CayleyGPT, folder: str | Path, *, training: dict[str,
     new.mkdir(parents=True)
     try:
         save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+        (new / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone
         for name, content in texts.items():
             (new / name).write_text(content, encoding="utf-8")
         for file in new.iterdir():

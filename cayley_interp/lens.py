@@ -191,22 +191,42 @@ class CayleySAEBridge(GeneralizedComponent):
 
 
 class CausalAttentionBridge(AttentionBridge):
-    """Attention written out, so that edits of scores and pattern reach the output on every version.
+    """Attention as the bare model computes it, to the bit, unless a hook edits its scores or its pattern.
 
-    TransformerLens 3.9 fires `hook_pattern` after the wrapped module has used the pattern: an edit there does nothing.
+    Rounding matters here: a bottleneck downstream picks the k largest scores, and where two are nearly equal another
+    kernel's last bit picks another feature. An edit takes the written-out path, so that it reaches the output; in
+    TransformerLens 3.9 `hook_pattern` otherwise fires after the pattern has been used.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         x = self.hook_in(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
         n_heads = self.config.n_heads  # pyright: ignore[reportOptionalMemberAccess]
         q, k, v = (w(x).unflatten(-1, (n_heads, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))
-        hidden = causal_mask(x.shape[1], kwargs.get("attention_mask"), x.device)
-        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
+        mask = kwargs.get("attention_mask")
+        padded = mask is not None and not mask.all()
+        pattern, edited = None, False
+        if padded or self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks():
+            pattern, edited = self.pattern_through_hooks(
+                q, k, causal_mask(x.shape[1], mask if padded else None, x.device)
+            )
+        if pattern is not None and (padded or edited):
+            z = pattern @ v
+        else:
+            z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.hook_out(self.o(z.transpose(1, 2).flatten(2))), pattern
+
+    def pattern_through_hooks(
+        self, q: Tensor, k: Tensor, hidden: Tensor
+    ) -> tuple[Float[Tensor, "batch head query key"], bool]:
+        """The pattern through its hooks, and whether they want the output to come of it."""
+        raw = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
+        scores = self.hook_attn_scores(raw.clone())
         # A padding token may attend to nothing: its row would be nan.
-        pattern = self.hook_attn_scores(scores).softmax(-1).masked_fill(hidden, 0)
-        pattern = self.hook_pattern(pattern)
-        z = (pattern @ v).transpose(1, 2).flatten(2)
-        return self.hook_out(self.o(z)), pattern
+        softmax = scores.softmax(-1).masked_fill(hidden, 0)
+        pattern = self.hook_pattern(softmax.clone())
+        edited = not (torch.equal(scores, raw) and torch.equal(pattern, softmax))
+        needs_gradient = self.hook_attn_scores.has_hooks("bwd") or self.hook_pattern.has_hooks("bwd")
+        return pattern, edited or needs_gradient
 
 
 def causal_mask(length: int, attention_mask: Tensor | None, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cayley_interp import CayleyGPT, CayleyGPTConfig, LevelCodes, load_pretrained
+from cayley_interp.model import token_losses
 from cayley_interp.pretrained import BUNDLED, wrapped
 from cayley_interp.tokenizer import gpt2_tokenizer
 from training.recipes import RECIPES
@@ -75,14 +76,29 @@ def test_logits_of_released_shapes_are_those_of_the_bare_model(recipe, wrap):
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("name", ["cayley-tiny-2L-sotu", "vanilla-tiny-sotu"])
 def test_logits_of_the_bundled_models_are_those_of_the_bare_ones(name, wrap):
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+    ids = speech(load_pretrained(name, wrap=None))
+    for dtype in (torch.float64, torch.float32):
         model = load_pretrained(name, wrap=None, dtype=dtype)
-        ids = torch.tensor([model.tokenizer.encode(SPEECH).ids[: model.config.n_ctx]])
-        assert ids.shape == (1, model.config.n_ctx)
         with torch.no_grad():
-            expected = model(ids)
-            assert (load_pretrained(name, wrap=wrap, dtype=dtype)(ids) - expected).abs().max() < tolerance
-        assert model.loss(ids).mean() < 5  # a speech that ships with the package: text to a trained model
+            expected, logits = model(ids), load_pretrained(name, wrap=wrap, dtype=dtype)(ids)
+        difference = (logits - expected).abs().amax(-1)
+        if dtype == torch.float64:
+            assert difference.max() < 1e-10
+            assert model.loss(ids).mean() < 5  # text to a trained model
+        elif wrap == "bridge":
+            assert difference.max() == 0
+        else:
+            # HookedTransformer rounds in its own way. Where two scores are nearly equal that picks another feature, and
+            # from that token on logits differ visibly; elsewhere they differ by the rounding of float32 alone.
+            assert difference.median() < 5e-4
+            losses = [token_losses(x[:, :-1], ids[:, 1:]).mean() for x in (logits, expected)]
+            assert abs(losses[0] - losses[1]) < 1e-3
+
+
+def speech(model: CayleyGPT) -> Tensor:
+    ids = torch.tensor([model.tokenizer.encode(SPEECH).ids[: model.config.n_ctx]])
+    assert ids.shape == (1, model.config.n_ctx)
+    return ids
 
 
 def test_logits_and_loss(bare, lens):
@@ -153,7 +169,9 @@ def test_no_hook_of_ours_has_a_name_that_transformer_lens_gates(lens):
 
 def test_looking_changes_no_bit(bare, lens):
     ids = tokens(bare)
-    assert torch.equal(lens.run_with_cache(ids)[0], lens(ids))
+    logits, cache = lens.run_with_cache(ids)
+    assert torch.equal(logits, lens(ids))
+    assert cache["blocks.0.attn.hook_pattern"].sum(-1).allclose(torch.ones((), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
