@@ -125,9 +125,9 @@ TINY = RunConfig(
     eval_every=350,
 )
 
-# The pair that ships in the package: as many parameters as fit 8 MB in float32, twice over the speeches. Muon at a third
-# of the rate of `tiny`, with weight decay: over a run this long a higher one drives the residual stream along a direction
-# that standardised scores do not see, until the MLPs have nothing left to read (docs/log.md).
+# The pair that ships in the package: as many parameters as fit 8 MB in float32, twice over the speeches. Muon at a
+# third of the rate of `tiny`, with weight decay: over a run this long a higher one drives the residual stream along a
+# direction that standardised scores do not see, until the MLPs have nothing left to read (docs/log.md).
 BUNDLED = replace(
     TINY,
     name="cayley-tiny-2L-sotu",
