@@ -9,7 +9,6 @@ The models that come with the package have no run folder, and so no text beside 
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from rich.table import Table
 from analysis.breakdown import Bin, by_frequency, by_position
 from analysis.shards import TokenShards, read_shards, read_windows, shard_folder_of, training_counts
 from cayley_interp import CayleyGPT
+from cayley_interp.files import write_atomically
 from cayley_interp.losses import PairedDifference, paired_difference, window_losses
 from cayley_interp.pretrained import load_pretrained
 
@@ -187,13 +187,6 @@ def to_markdown(sheet: Sheet) -> str:
     return f"{sheet.title}:\n\n{table}\n"
 
 
-def write(path: Path, text: str) -> None:
-    """All of the file or nothing of it."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def main(
     models: tyro.conf.Positional[tuple[str, ...]],
     data: Path | None = None,
@@ -221,9 +214,9 @@ def main(
     for sheet in tables:
         console.print(to_rich(sheet))
     if json_file is not None:
-        write(json_file, json.dumps(asdict(comparison), indent=2) + "\n")
+        write_atomically(json_file, json.dumps(asdict(comparison), indent=2) + "\n")
     if markdown is not None:
-        write(markdown, "\n".join(map(to_markdown, tables)))
+        write_atomically(markdown, "\n".join(map(to_markdown, tables)))
 
 
 if __name__ == "__main__":

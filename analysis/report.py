@@ -4,13 +4,13 @@ path = write_report(run_dir, evaluation)
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from analysis.evaluate import Evaluation
 from analysis.features import Context
 from analysis.figures import figures
+from cayley_interp.files import write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -50,9 +50,7 @@ def write_report(run_dir: Path, evaluation: Evaluation) -> Path:
         plotlyjs=get_plotlyjs(),
     )
     path = run_dir / "report.html"
-    temporary = run_dir / f".report.html.tmp-{os.getpid()}"
-    temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
-    temporary.rename(path)
+    write_atomically(path, html.encode(errors="backslashreplace"))
     return path
 
 

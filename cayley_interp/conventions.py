@@ -7,7 +7,6 @@ the same function of this checkpoint count as one. The choice is saved beside th
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -18,6 +17,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
 from cayley_interp.bottleneck import CayleySAE, Level, parse_levels
+from cayley_interp.files import write_atomically
 from cayley_interp.foreign_tensors import Family, Role, role_assignments
 from cayley_interp.losses import paired_difference, window_losses
 from cayley_interp.model import CayleyGPT, CayleyGPTConfig
@@ -335,6 +335,4 @@ def save_conventions(path: Path, fingerprint: str, results: list[Measured], summ
             for m in results
         ],
     }
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(record, indent=2) + "\n")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cayley_interp.card import model_card
+from cayley_interp.messages import some
 from cayley_interp.model import CayleyGPT, CayleyGPTConfig
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "training.json", "README.md")
@@ -80,9 +81,9 @@ def read_config(file: Path) -> CayleyGPTConfig:
         raise ValueError(f"expected a JSON object, found {type(values).__name__}")
     kinds = get_type_hints(CayleyGPTConfig)
     if unknown := sorted(values.keys() - kinds.keys()):
-        raise ValueError(f"it has {_some(unknown)}, which no CayleyGPT has")
+        raise ValueError(f"it has {some(unknown)}, which no CayleyGPT has")
     if missing := [f.name for f in fields(CayleyGPTConfig) if f.default is MISSING and f.name not in values]:
-        raise ValueError(f"it lacks {_some(missing)}")
+        raise ValueError(f"it lacks {some(missing)}")
     for name, value in values.items():
         if not _is_of(value, kind := kinds[name]):
             expected = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
@@ -115,9 +116,9 @@ def read_weights(file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or cut short, fetch or save it again: {error}") from error
     if missing := sorted(expected.keys() - found.keys()):
-        raise ValueError(f"{file} lacks {_some(missing)}: it is not of the model that its config.json describes")
+        raise ValueError(f"{file} lacks {some(missing)}: it is not of the model that its config.json describes")
     if unknown := sorted(found.keys() - expected.keys()):
-        raise ValueError(f"{file} holds {_some(unknown)}, which the model of its config.json does not have")
+        raise ValueError(f"{file} holds {some(unknown)}, which the model of its config.json does not have")
     for name, tensor in found.items():
         like = expected[name]
         if tensor.shape != like.shape:
@@ -190,7 +191,7 @@ def _check_replaceable(folder: Path) -> None:
     others = sorted(file.name for file in folder.iterdir() if file.name not in MODEL_FILES)
     if others or not (is_model_folder(folder) or not any(folder.iterdir())):
         raise ValueError(
-            f"{folder} exists and is not a model's folder{f' alone: it has {_some(others)}' if others else ''}; choose "
+            f"{folder} exists and is not a model's folder{f' alone: it has {some(others)}' if others else ''}; choose "
             "another, nothing was written"
         )
 
@@ -208,7 +209,3 @@ def _swap(new: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cayley_interp.bottleneck import Level
+from cayley_interp.messages import some
 
 Role = Literal["bias", "mean", "std", "var"]
 UNSCALED: tuple[Role, ...] = ("bias", "mean")
@@ -119,7 +120,7 @@ def _check_names(tensors: dict[str, Tensor]) -> int:
     blocks = {int(m[1]) for m in (re.match(r"transformer\.h\.(\d+)\.", name) for name in tensors) if m}
     if not blocks or EMBEDDING not in tensors:
         raise ValueError(
-            f"not a nanoGPT checkpoint: expected {EMBEDDING} and transformer.h.0.{FUSED}, found {_some(tensors)}"
+            f"not a nanoGPT checkpoint: expected {EMBEDDING} and transformer.h.0.{FUSED}, found {some(tensors)}"
         )
     if POSITIONS not in tensors:
         raise ValueError(
@@ -132,11 +133,11 @@ def _check_names(tensors: dict[str, Tensor]) -> int:
     expected = {EMBEDDING, POSITIONS, FINAL_NORM}
     expected |= {f"transformer.h.{i}.{name}" for i in range(n_layers) for name in (*BLOCK_NAMES, FUSED)}
     if biases := [n for n in tensors if n.endswith(".bias") and n.removesuffix("bias") + "weight" in expected | {HEAD}]:
-        raise ValueError(f"biases of linears and norms are not supported (bias=False models only): {_some(biases)}")
+        raise ValueError(f"biases of linears and norms are not supported (bias=False models only): {some(biases)}")
     if missing := sorted(expected - set(tensors)):
-        raise ValueError(f"tensors are missing: {_some(missing)}; the file is incomplete or of another architecture")
+        raise ValueError(f"tensors are missing: {some(missing)}; the file is incomplete or of another architecture")
     if outside := [n for n in tensors if n not in expected | {HEAD} and not n.startswith("transformer.h.")]:
-        raise ValueError(f"tensors of no known use: {_some(outside)}; this is another architecture")
+        raise ValueError(f"tensors of no known use: {some(outside)}; this is another architecture")
     return n_layers
 
 
@@ -174,7 +175,7 @@ def match_roles(rest: list[dict[str, Tensor]], levels: tuple[Level, ...]) -> tup
     for i, block in enumerate(rest):
         if {n: t.shape for n, t in block.items()} != {n: t.shape for n, t in rest[0].items()}:
             odd = sorted(set(block) ^ set(rest[0])) or sorted(n for n in block if block[n].shape != rest[0][n].shape)
-            raise ValueError(f"blocks 0 and {i} differ in the tensors of their bottleneck: {_some(odd)}")
+            raise ValueError(f"blocks 0 and {i} differ in the tensors of their bottleneck: {some(odd)}")
     counters = [name for name, tensor in rest[0].items() if _is_counter(name, tensor)]
     names = [name for name in rest[0] if name not in counters]
     sizes = [1 << level.n for level in levels]
@@ -234,7 +235,7 @@ def _one_per_level(sizes_by_name: dict[str, int], sizes: list[int]) -> list[tupl
             singles = [n for n in singles if n not in groups[-1]]
     if singles:
         raise ValueError(
-            f"tensors of no known use in every block: {_some(singles)}; each role needs one tensor for each level "
+            f"tensors of no known use in every block: {some(singles)}; each role needs one tensor for each level "
             f"({', '.join(map(str, sizes))}), alike in name"
         )
     return groups
@@ -281,9 +282,4 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _describe(names: list[str], tensors: dict[str, Tensor]) -> str:
-    return _some([f"{name} {list(tensors[name].shape)}" for name in names])
-
-
-def _some(names) -> str:
-    names = list(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return some([f"{name} {list(tensors[name].shape)}" for name in names])

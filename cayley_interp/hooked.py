@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedTransformer import HookedTransformer
 
 from cayley_interp.bottleneck import CayleySAE
-from cayley_interp.lens import KnownHookNames, decode_through_hooks, hf_tokenizer
+from cayley_interp.lens import KnownHookNames, add_codes_hooks, hf_tokenizer, run_through_hooks
 from cayley_interp.model import Block, CayleyGPT, CayleyGPTConfig
 
 
@@ -100,14 +100,10 @@ class HookedCayleySAE(nn.Module):
         super().__init__()
         self.sae = sae
         self.hook_in, self.hook_out = HookPoint(), HookPoint()
-        self.codes_hooks = [f"hook_codes_{i}" for i in range(len(sae.levels))]
-        for hook in self.codes_hooks:
-            setattr(self, hook, HookPoint())
+        add_codes_hooks(self, len(sae.levels))
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        codes = self.sae.encode(self.hook_in(x))
-        y = decode_through_hooks(self.sae, codes, [getattr(self, hook) for hook in self.codes_hooks])
-        return self.hook_out(y.to(x.dtype))
+        return run_through_hooks(self, self.sae, x)
 
 
 class SparseMLP(MLP):

@@ -42,6 +42,20 @@ ARCHITECTURE = "CayleyGPT"
 M = TypeVar("M", bound=nn.Module)
 
 
+def add_codes_hooks(module: nn.Module, n_levels: int) -> None:
+    for i in range(n_levels):
+        setattr(module, f"hook_codes_{i}", HookPoint())
+
+
+def run_through_hooks(
+    module: Any, sae: CayleySAE, x: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """The bottleneck's output, its input, codes and output passed through the hooks of `module`."""
+    codes = sae.encode(module.hook_in(x))
+    hooks = [getattr(module, f"hook_codes_{i}") for i in range(len(codes))]
+    return module.hook_out(decode_through_hooks(sae, codes, hooks).to(x.dtype))
+
+
 def decode_through_hooks(
     sae: CayleySAE, codes: tuple[LevelCodes, ...], hooks: list[HookPoint]
 ) -> Float[Tensor, "*batch d_model"]:
@@ -178,16 +192,11 @@ class CayleySAEBridge(GeneralizedComponent):
 
     def __init__(self, name: str, config: Any):
         super().__init__(name, config)
-        self.codes_hooks = [f"hook_codes_{i}" for i in range(config.cayley_levels.count(";") + 1)]
-        for hook in self.codes_hooks:
-            setattr(self, hook, HookPoint())
+        add_codes_hooks(self, config.cayley_levels.count(";") + 1)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        sae = self.original_component
-        assert isinstance(sae, CayleySAE)
-        codes = sae.encode(self.hook_in(x))
-        y = decode_through_hooks(sae, codes, [getattr(self, hook) for hook in self.codes_hooks])
-        return self.hook_out(y.to(x.dtype))
+        assert isinstance(self.original_component, CayleySAE)
+        return run_through_hooks(self, self.original_component, x)
 
 
 class CausalAttentionBridge(AttentionBridge):

@@ -21,9 +21,10 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from cayley_interp.files import write_atomically
 from cayley_interp.tokenizer import read_tokenizer
 from training.recipes import DataConfig
-from training.shards import TOKENIZER, PackedWindows, TokenWindows, read_index, tokenize_to_shards, write_atomically
+from training.shards import TOKENIZER, PackedWindows, TokenWindows, read_index, tokenize_to_shards
 from training.text import (
     SPLITS,
     DataError,

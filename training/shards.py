@@ -20,6 +20,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from cayley_interp.files import write_atomically
 from cayley_interp.tokenizer import vocab_size
 from training.text import INDEX, SPLITS, DataError, Split, source_files, split_documents, splits_by_hash
 from training.tokenizer import EncodedPiece, encode_documents, eos_id
@@ -171,15 +172,6 @@ def _check_disk(folder: Path, needed: int) -> None:
             f"{folder} has {free / 1e9:.1f} GB free, and the shards need about {needed / 1e9:.1f} GB "
             "beside 1 GB kept free: write fewer with --max-tokens, or store none and stream (--data hf:ID)"
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 # ---- Windows of shards ----

@@ -18,6 +18,8 @@ import uuid
 from pathlib import Path
 from typing import Any, Literal
 
+from cayley_interp.files import write_atomically
+
 PROJECT = "cayley-interp"
 
 
@@ -60,12 +62,7 @@ class MetricsFile:
             for i, line in enumerate(lines, start=1)
             if self._step_of(line, i) <= step and "final" not in json.loads(line)
         ]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        write_atomically(self.path, b"".join(kept))
 
     def median(self, key: str) -> float | None:
         """Median of a top-level number over all lines that have it; None if none has."""

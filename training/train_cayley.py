@@ -32,6 +32,7 @@ from rich.progress import (
 
 from analysis.evaluate import Evaluation, evaluate_run
 from analysis.report import write_report
+from cayley_interp.files import write_atomically
 from cayley_interp.folder import save_pretrained
 from training.data import Corpus, DataError, open_corpus
 from training.environment import describe_environment, peak_resident_memory
@@ -148,9 +149,7 @@ def start_folder(config: RunConfig, run_dir: Path, accelerator: Accelerator) -> 
     run_dir.mkdir(parents=True, exist_ok=True)
     environment = describe_environment(str(accelerator.device)) | {"processes": accelerator.num_processes}
     for name, content in (("environment.json", environment), ("config.json", asdict(config))):
-        temporary = run_dir / f".{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
-        temporary.replace(run_dir / name)
+        write_atomically(run_dir / name, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def run_main(config: RunConfig, trainer: Trainer, corpus: Corpus, run_dir: Path) -> None:

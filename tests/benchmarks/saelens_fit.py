@@ -4,7 +4,6 @@ python -m tests.benchmarks.saelens_fit
 """
 
 import torch
-from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -57,12 +56,12 @@ def unfitted(train: Tensor, val: Tensor) -> dict[str, Tensor]:
     }
 
 
-def fitted(train: Tensor, levels: str, rotation: bool) -> SAE:
+def fitted(train: Tensor, levels: str, rotation: bool, steps: int = STEPS, batch: int = BATCH) -> CayleyTrainingSAE:
     bottleneck = CayleySAEConfig(d_model=train.shape[-1], levels=levels, score_standardize="none", signed=True)
     sae = CayleyTrainingSAE(CayleyTrainingSAEConfig(d_in=train.shape[-1], bottleneck=bottleneck, rotation=rotation))
     torch.manual_seed(0)
-    batches = iter(lambda: train[torch.randint(len(train), (BATCH,))], None)
-    config = SAETrainerConfig(STEPS * BATCH, BATCH, lr=1e-2, lr_end=1e-3, lr_scheduler_name="cosineannealing")
+    batches = iter(lambda: train[torch.randint(len(train), (batch,))], None)
+    config = SAETrainerConfig(steps * batch, batch, lr=1e-2, lr_end=1e-3, lr_scheduler_name="cosineannealing")
     SAETrainer(config, sae, batches).fit()
     return sae
 

@@ -48,7 +48,7 @@ FLAGS = {
 
 
 def silent() -> Console:
-    return Console(file=io.StringIO(), width=250)
+    return Console(quiet=True)
 
 
 def draw(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -162,10 +162,10 @@ def test_no_clear_margin_stops_the_load_and_names_both_readings():
 
 
 def test_the_table_shows_the_published_loss_and_every_choice():
-    model, console = untrained(), silent()
+    model, printed = untrained(), io.StringIO()
     bottlenecks = read(model)._replace(choices={name: values[:1] for name, values in CHOICES.items()})
-    identify(model, bottlenecks, windows(), console, published_loss=3.1671)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    identify(model, bottlenecks, windows(), Console(file=printed, width=250), published_loss=3.1671)
+    shown = printed.getvalue()
     assert "published validation loss 3.1671" in shown
     assert all(name in shown for name in CHOICES)
 

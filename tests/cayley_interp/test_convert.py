@@ -36,7 +36,7 @@ def pickled_config(path: Path) -> Path:
     config = dataclasses.make_dataclass(
         "StrangerConfig", list(model_config(model)), namespace={"__module__": module.__name__}
     )
-    module.StrangerConfig, module.Mode = config, Mode  # type: ignore[attr-defined]
+    vars(module).update(StrangerConfig=config, Mode=Mode)
     before = Mode.__module__
     sys.modules[module.__name__] = module
     try:

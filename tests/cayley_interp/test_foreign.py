@@ -109,9 +109,9 @@ def test_a_saved_reading_is_used_if_it_is_possible_and_conventions_may_be_garbag
     monkeypatch.setattr(foreign, "CHOICES", choices)
     monkeypatch.setitem(foreign._FLAGS, "cayley_score_standardize", ("score_standardize", {True: ("feature",)}))
     (tmp_path / "conventions.json").write_text("garbage")
-    console = Console(file=io.StringIO(), width=250)
-    assert_same(load(path, console), model)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    printed = io.StringIO()
+    assert_same(load(path, Console(file=printed, width=250)), model)
+    shown = printed.getvalue()
     assert "sae.running_mean.0 + transformer.h.*.sae.running_mean.1" in shown
     assert "layers.*.sparse.mean" in shown
     assert "num_batches_tracked" in shown
@@ -124,9 +124,9 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_load(tmp_path, vanill
         raise PermissionError("read-only")
 
     monkeypatch.setattr("cayley_interp.conventions.save_conventions", refuse_to_save)
-    console = Console(file=io.StringIO(), width=250)
-    load(write_checkpoint(tmp_path, state_dict(vanilla), model_config(vanilla)), console)
-    assert "could not be saved (read-only)" in console.file.getvalue()  # type: ignore[attr-defined]
+    printed = io.StringIO()
+    load(write_checkpoint(tmp_path, state_dict(vanilla), model_config(vanilla)), Console(file=printed, width=250))
+    assert "could not be saved (read-only)" in printed.getvalue()
 
 
 # ---- Which file ----
@@ -343,17 +343,14 @@ def test_an_untrained_model_is_not_understood(tmp_path):
     refuse(tmp_path, "not understood: its loss", state_dict(model), model_config(model))
 
 
-def test_a_model_with_layernorms_is_not_taken_for_one_with_rmsnorms(tmp_path):
+def test_a_model_with_layernorms_is_not_taken_for_one_with_rmsnorms(tmp_path, monkeypatch):
     class Centred(nn.RMSNorm):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x - x.mean(-1, keepdim=True))
 
-    before = nn.RMSNorm
-    nn.RMSNorm = Centred  # type: ignore[misc]
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(nn, "RMSNorm", Centred)
         model = trained(levels=None, steps=60)
-    finally:
-        nn.RMSNorm = before  # type: ignore[misc]
     # What LayerNorm and softmax both ignore, and a longer training would have brought in.
     model.tok.weight.data += 0.1
     refuse(tmp_path, "norms are LayerNorms", state_dict(model), model_config(model))

@@ -7,15 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from sae_lens import SAE, ActivationsStore, TrainingSAE
-from sae_lens.config import SAETrainerConfig
 from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.activation_scaler import ActivationScaler
-from sae_lens.training.sae_trainer import SAETrainer
 
 import cayley_interp.saelens
-from cayley_interp import CayleyGPT, CayleyGPTConfig, CayleySAEConfig, walsh_hadamard
+from cayley_interp import CayleyGPT, CayleyGPTConfig, CayleySAEConfig
 from cayley_interp.hooked import to_hooked_transformer
 from cayley_interp.lens import to_bridge
 from cayley_interp.pretrained import cast, load_pretrained
@@ -27,6 +25,7 @@ from cayley_interp.saelens import (
     sae_transformer,
 )
 from cayley_interp.saelens_training import CayleyTrainingSAE, CayleyTrainingSAEConfig
+from tests.benchmarks.saelens_fit import HOST, L0, explained_variance, fitted, mlp_inputs, unfitted
 from training.text import split_documents
 
 WRAPS = pytest.mark.parametrize("wrap", [to_bridge, to_hooked_transformer])
@@ -336,52 +335,16 @@ def test_a_bottleneck_that_does_not_reconstruct_is_refused(options):
         CayleyTrainingSAEConfig(d_in=16, bottleneck=CayleySAEConfig(d_model=16, levels="4,3,0", **options))
 
 
-def mlp_inputs(model: CayleyGPT, split: str, n_tokens: int) -> torch.Tensor:
-    """What the MLP of the middle block reads, on text of a split."""
-    assert model.tokenizer is not None
-    ids = [i for text in speeches(split, 12) for i in model.tokenizer.encode(text).ids]
-    windows = torch.tensor(ids[:n_tokens]).view(-1, 128)
-    seen = []
-    hook = model.layers[2].norm2.register_forward_hook(lambda *a: seen.append(a[2].flatten(0, 1)))
-    with torch.no_grad():
-        model(windows)
-    hook.remove()
-    return torch.cat(seen)
-
-
-def explained_variance(x: torch.Tensor, recons: torch.Tensor) -> float:
-    return 1 - ((x - recons).square().sum() / (x - x.mean(0)).square().sum()).item()
-
-
 def test_fitted_to_a_real_model_it_beats_pca_and_the_fixed_basis_at_equal_l0(tmp_path):
-    k = 24
-    model = load_pretrained("vanilla-tiny-sotu", wrap=None)
+    model = load_pretrained(HOST, wrap=None)
     train, val = mlp_inputs(model, "train", 16_384), mlp_inputs(model, "val", 4_096)
-    sae = CayleyTrainingSAE(
-        CayleyTrainingSAEConfig(
-            d_in=128,
-            bottleneck=CayleySAEConfig(d_model=128, levels=f"7,{k},0", score_standardize="none", signed=True),
-            rotation=True,
-        )
-    )
-    torch.manual_seed(0)
-    batches = iter(lambda: train[torch.randint(len(train), (512,))], None)
-    config = SAETrainerConfig(100 * 512, 512, lr=1e-2, lr_end=1e-3, lr_scheduler_name="cosineannealing")
-    SAETrainer(config, sae, batches).fit()
-    sae.save_inference_model(tmp_path)
-    fitted = SAE.load_from_disk(tmp_path)
+    fitted(train, f"7,{L0},0", rotation=True, steps=100, batch=512).save_inference_model(tmp_path)
+    sae = SAE.load_from_disk(tmp_path)
     with torch.no_grad():
-        acts = fitted.encode(val)
-        ours = explained_variance(val, fitted(val))
-    assert (acts != 0).sum(-1).max() <= k
-    assert fitted.cfg.metadata.l0 == pytest.approx(k, rel=1e-3)
-
-    mean = train.mean(0)
-    components = torch.linalg.eigh((train - mean).T @ (train - mean)).eigenvectors[:, -k:]
-    pca = explained_variance(val, (val - mean) @ components @ components.T + mean)
-    scores = walsh_hadamard(val - mean)
-    kept = torch.zeros_like(scores).scatter(-1, scores.abs().topk(k).indices, 1)
-    walsh = explained_variance(val, walsh_hadamard(scores * kept) + mean)
-    assert abs(explained_variance(val, mean.expand_as(val))) < 0.05
+        assert (sae.encode(val) != 0).sum(-1).max() <= L0
+        ours = explained_variance(val, sae(val))
+    assert sae.cfg.metadata.l0 == pytest.approx(L0, rel=1e-3)
+    mean, pca, _, walsh = (explained_variance(val, recons) for recons in unfitted(train, val).values())
+    assert abs(mean) < 0.05
     assert ours > pca + 0.1
     assert ours > walsh + 0.1
