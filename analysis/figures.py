@@ -1,22 +1,17 @@
-"""The plots of a run's report as plotly JSON: transparent, colours that read on light and on dark, one accent."""
+"""The plots of a Cayley-GPT run's report."""
 
-import json
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from analysis.dead_features import DENSE_FREQUENCY
 from analysis.evaluate import Evaluation
+from analysis.plots import ACCENT, GREY, Metrics, blank, line, ramp, rgb, script_safe, series
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-ACCENT = (222, 107, 44)
-GREY = (128, 138, 150)
 DASHES = ["dot", "solid", "dash", "longdash"]
-
-Metrics = list[dict[str, Any]]
-Points = list[tuple[int | float, int | float]]
 
 
 def figures(metrics: Metrics, evaluation: Evaluation) -> dict[str, str]:
@@ -31,19 +26,14 @@ def figures(metrics: Metrics, evaluation: Evaluation) -> dict[str, str]:
     return {name: script_safe(figure) for name, figure in drawn.items() if figure is not None}
 
 
-def script_safe(figure: "Figure") -> str:
-    """JSON without `<`, so that nothing in it can end the script element it stands in."""
-    return json.dumps(json.loads(str(figure.to_json()))).replace("<", "\\u003c")
-
-
 def loss_figure(metrics: Metrics, evaluation: Evaluation) -> "Figure | None":
     """Train and validation loss by step, with the count models as horizontal lines."""
     train, val = series(metrics, "train_loss"), series(metrics, "val_loss")
     if not train and not val:
         return None
     figure = blank("step", "nats per token")
-    _line(figure, train, "train", GREY, 1.5)
-    _line(figure, val, "validation", ACCENT, 2.5, markers=True)
+    line(figure, train, "train", GREY, 1.5)
+    line(figure, val, "validation", ACCENT, 2.5, markers=True)
     for name, loss in (("unigram", evaluation.unigram_loss), ("bigram", evaluation.bigram_loss)):
         figure.add_hline(
             y=loss,
@@ -66,9 +56,9 @@ def rates_figure(metrics: Metrics) -> "Figure | None":
         return None
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.12)
     blank("step", "learning rate", figure)
-    _line(figure, muon, "Muon", ACCENT, 2)
-    _line(figure, adamw, "AdamW", GREY, 2)
-    _line(figure, norm, "gradient norm", GREY, 1, row=2, showlegend=False)
+    line(figure, muon, "Muon", ACCENT, 2)
+    line(figure, adamw, "AdamW", GREY, 2)
+    line(figure, norm, "gradient norm", GREY, 1, row=2, showlegend=False)
     figure.update_xaxes(title_text="", row=1)
     figure.update_yaxes(rangemode="tozero", row=1)
     figure.update_yaxes(title_text="gradient norm", rangemode="tozero", row=2)
@@ -86,7 +76,7 @@ def silent_figure(metrics: Metrics) -> "Figure | None":
     for layer, level in cells:
         key = f"{layer}.{level}"
         points = [(record["step"], record["silent"][key]) for record in metrics if key in record.get("silent", {})]
-        _line(
+        line(
             figure, points, f"layer {layer}, level {level}", ramp(layer, cells[-1][0] + 1), 1.5, dash=DASHES[level % 4]
         )
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
@@ -101,7 +91,7 @@ def frequency_figure(evaluation: Evaluation, level: int) -> "Figure":
     for layer, levels in enumerate(evaluation.histograms):
         edges, counts = levels[level].edges, levels[level].counts
         middles = [10 ** ((a + b) / 2) for a, b in pairwise(edges)]
-        _line(figure, list(zip(middles, counts, strict=True)), f"layer {layer}", ramp(layer, layers), 2)
+        line(figure, list(zip(middles, counts, strict=True)), f"layer {layer}", ramp(layer, layers), 2)
     figure.update_traces(line_shape="hvh")
     figure.update_xaxes(type="log", exponentformat="power", dtick=1)
     figure.add_vline(x=DENSE_FREQUENCY, line={"color": rgb(GREY), "width": 1, "dash": "dot"})
@@ -111,71 +101,3 @@ def frequency_figure(evaluation: Evaluation, level: int) -> "Figure":
     )
     figure.update_layout(height=300)
     return figure
-
-
-def series(metrics: Metrics, key: str) -> Points:
-    """(step, value) of every record that has the key."""
-    return [(record["step"], record[key]) for record in metrics if key in record]
-
-
-def ramp(i: int, n: int) -> tuple[int, int, int]:
-    """From grey for the first of n to the accent for the last."""
-    share = i / max(n - 1, 1)
-    mixed = [round(g + share * (a - g)) for g, a in zip(GREY, ACCENT, strict=True)]
-    return mixed[0], mixed[1], mixed[2]
-
-
-def rgb(colour: tuple[int, int, int]) -> str:
-    return f"rgb{colour}"
-
-
-def blank(x: str, y: str, figure: "Figure | None" = None) -> "Figure":
-    """An empty figure in the page's style; the page's script adds the text colour of the scheme in use."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure() if figure is None else figure
-    axis: dict[str, Any] = {
-        "gridcolor": "rgba(128,138,150,0.18)",
-        "zeroline": False,
-        "automargin": True,
-        "title_standoff": 10,
-        "title_font": {"size": 13, "color": rgb(GREY)},
-        "tickfont": {"size": 12},
-    }
-    figure.update_layout(
-        template=None,
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": "system-ui, sans-serif", "size": 13},
-        height=340,
-        margin={"l": 48, "r": 12, "t": 36, "b": 44},
-        hovermode="x unified",
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
-    )
-    figure.update_xaxes(title_text=x, showgrid=False, **axis)
-    figure.update_yaxes(title_text=y, **axis)
-    return figure
-
-
-def _line(
-    figure: "Figure",
-    points: Points,
-    name: str,
-    colour: tuple[int, int, int],
-    width: int | float,
-    *,
-    markers: bool = False,
-    dash: str = "solid",
-    row: int | None = None,
-    showlegend: bool = True,
-) -> None:
-    figure.add_scatter(
-        x=[x for x, _ in points],
-        y=[y for _, y in points],
-        name=name,
-        mode="lines+markers" if markers else "lines",
-        line={"color": rgb(colour), "width": width, "dash": dash},
-        showlegend=showlegend,
-        row=row,
-        col=None if row is None else 1,
-    )

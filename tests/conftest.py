@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # Before anything imports the packages: the hook wraps every annotated function as its module is loaded.
-install_import_hook(["cayley_interp", "training", "analysis"], "beartype.beartype")
+install_import_hook(["cayley_interp", "molt_lens", "training", "analysis"], "beartype.beartype")
 
 settings.register_profile(
     "two-cores", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True

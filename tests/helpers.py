@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "training" / "train_cayley.py")
+MOLT_SCRIPT = str(ROOT / "training" / "train_molt.py")
 # A model of a few thousand parameters on a few speeches: seconds, but every part of a real run.
 SMALL_RUN = [
     *("--n-layers", "2", "--n-heads", "2", "--d-model", "16", "--n-ctx", "16", "--d-vocab", "300"),
@@ -43,7 +44,14 @@ def environment() -> dict[str, str]:
 
 
 def run_training(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    command = train_command(*arguments, processes=processes)
+    return run(train_command(*arguments, processes=processes))
+
+
+def run_molt(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, MOLT_SCRIPT, *arguments])
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), cwd=ROOT)
 
 

@@ -29,7 +29,7 @@ def test_the_tree_is_the_tree():
             listed.add(f"{package}/{match[1]}")
     found = {
         str(file.relative_to(ROOT))
-        for package in ("cayley_interp", "training", "analysis")
+        for package in ("cayley_interp", "molt_lens", "training", "analysis")
         for file in (ROOT / package).glob("*.py")
         if file.name != "__init__.py"
     }

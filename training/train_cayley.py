@@ -15,36 +15,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from analysis.evaluate import Evaluation, evaluate_run
 from analysis.report import write_report
-from cayley_interp.files import write_atomically
 from cayley_interp.folder import save_pretrained
 from training.data import Corpus, DataError, open_corpus
-from training.environment import describe_environment, peak_resident_memory
+from training.display import console, make_progress
+from training.environment import peak_memory
 from training.loop import Trainer, TrainingDiverged, make_accelerator
 from training.preflight import PreflightError, preflight
 from training.recipes import RECIPES, RunConfig, config_from_dict
+from training.run_folder import start_folder
 from training.tracking import MetricsFile, start_tracker
 
 NGRAM_TOKENS = 20_000_000
 """Training tokens that the count models beside the validation loss are made from."""
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -124,7 +111,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool) -> Path:
     preflight(config, run_dir, accelerator.num_processes, resume)
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
     if accelerator.is_main_process and not resume:
-        start_folder(config, run_dir, accelerator)
+        start_folder(config, run_dir, accelerator.device, accelerator.num_processes)
     with accelerator.main_process_first():
         corpus = open_corpus(
             config.data,
@@ -143,13 +130,6 @@ def train(config: RunConfig, run_dir: Path, resume: bool) -> Path:
         trainer.run()
     accelerator.wait_for_everyone()
     return run_dir
-
-
-def start_folder(config: RunConfig, run_dir: Path, accelerator: Accelerator) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    environment = describe_environment(str(accelerator.device)) | {"processes": accelerator.num_processes}
-    for name, content in (("environment.json", environment), ("config.json", asdict(config))):
-        write_atomically(run_dir / name, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def run_main(config: RunConfig, trainer: Trainer, corpus: Corpus, run_dir: Path) -> None:
@@ -238,19 +218,6 @@ def print_summary(evaluation: Evaluation) -> None:
             )
 
 
-def make_progress(numbers: str) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn() if numbers else TaskProgressColumn(),
-        TextColumn(numbers),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-
-
 def describe(record: dict, config: RunConfig, end: int) -> str:
     """A log record as a line to read; it stays when the output is not a terminal and the bar is not drawn."""
     step = f"step {record['step']:>6,}/{end:,}"
@@ -262,13 +229,6 @@ def describe(record: dict, config: RunConfig, end: int) -> str:
         f"{step}  loss {record['train_loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
         f"{int(left // 60)}:{int(left % 60):02d} left"
     )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU, the process's resident peak on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_resident_memory()
 
 
 if __name__ == "__main__":

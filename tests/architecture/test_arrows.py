@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ALLOWED = {
     "cayley_interp": set(),
-    "analysis": {"cayley_interp"},
-    "training": {"cayley_interp", "analysis"},
+    "molt_lens": set(),
+    "analysis": {"cayley_interp", "molt_lens"},
+    "training": {"cayley_interp", "molt_lens", "analysis"},
 }
 
 
@@ -35,13 +36,14 @@ def test_arrows_point_one_way(package):
         assert not forbidden, f"{file.relative_to(ROOT)} imports {forbidden}"
 
 
-def test_importing_the_core_brings_nothing_heavier_than_torch():
+@pytest.mark.parametrize("package", ["cayley_interp", "molt_lens"])
+def test_importing_a_package_brings_nothing_heavier_than_torch(package):
     code = (
-        "import sys, torch, numpy, jaxtyping, safetensors; before = set(sys.modules); import cayley_interp; "
+        f"import sys, torch, numpy, jaxtyping, safetensors; before = set(sys.modules); import {package}; "
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    new = set(out.stdout.split()) - {"cayley_interp"}
+    new = set(out.stdout.split()) - {package}
     heavy = {
         *("transformer_lens", "sae_lens", "transformers", "datasets", "triton", "wandb", "plotly", "tokenizers"),
         *("accelerate", "rich", "tyro", "pandas", "sklearn", "scipy", "training", "analysis"),

@@ -1,0 +1,60 @@
+"""What keeps gates closed where nothing else does: penalties on the acts of ReLU and JumpReLU gates.
+
+A unit's contribution is its gate times the Frobenius norm of what it writes: a penalty on gates alone would be escaped
+by small gates and large transforms (Lindsey et al. 2025). TopK gates need none.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from molt_lens.sparse_map import SparseMap
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """One term of a training loss."""
+
+    kind: Literal["none", "tanh", "l1", "l0"] = "none"
+    """`tanh` of scale times contribution; `l1` of contributions; `l0`: squared distance to a target L0 (JumpReLU)."""
+    weight: float = 1e-3
+    """Weight of the penalty, from the end of its warm-up on."""
+    warmup: float = 0.1
+    """Share of the run over which the weight rises linearly from 0."""
+    scale: float = 4.0
+    """`tanh`: contributions well above 1 / scale all cost the same."""
+    target: float = 8.0
+    """`l0`: units open at a token."""
+
+
+def penalty_weight(penalty: Penalty, step: int, total: int) -> float:
+    """The weight at a step from 0 to total - 1."""
+    rising = penalty.warmup * total
+    return penalty.weight * (min(1.0, step / rising) if rising else 1.0)
+
+
+def penalty_of(
+    penalty: Penalty, map: SparseMap, pre: Float[Tensor, "token unit"], acts: Float[Tensor, "token unit"]
+) -> Float[Tensor, ""]:
+    """The unweighted penalty, summed over units, mean over tokens.
+
+    `l0` is (2 / target) (L0 - target)^2 of the batch's mean L0, as in the Gemma Scope 2 report.
+
+    Raises:
+        ValueError: no such penalty, or `l0` for a gate without thresholds to move.
+    """
+    match penalty.kind:
+        case "none":
+            return acts.new_zeros(())
+        case "l1":
+            return (acts * map.norms()).sum(-1).mean()
+        case "tanh":
+            return (penalty.scale * acts * map.norms()).tanh().sum(-1).mean()
+        case "l0":
+            if map.gate.spec != "jumprelu":
+                raise ValueError(f"an l0 penalty moves the thresholds of a jumprelu gate, and {map.gate.spec} has none")
+            l0 = map.gate.openness(pre, acts).sum(-1).mean()
+            return 2 / penalty.target * (l0 - penalty.target).square()
+    raise ValueError(f"no penalty is called {penalty.kind!r}: expected none, tanh, l1 or l0")
