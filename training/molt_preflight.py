@@ -87,7 +87,7 @@ def bad_molt_numbers(config: MoltRun) -> list[str]:
             problems.append(f"--{name.replace('_', '-')} {values[name]}: expected between 0 and 1, both excluded")
     if not 0 < optim.lr < math.inf:
         problems.append(f"--optim.lr {optim.lr}: expected a rate above 0")
-    if config.tokens * config.epochs < config.batch_size:
+    if config.tokens < config.batch_size:
         problems.append(f"--tokens {config.tokens}: less than one step of --batch-size {config.batch_size}")
     if config.penalty.kind == "l0" and config.gate != "jumprelu":
         problems.append(f"--penalty.kind l0 moves the thresholds of --gate jumprelu, and {config.gate} has none")

@@ -83,7 +83,7 @@ class MoltRun:
     activation_cache: Path | None = None
     """Folder that keeps activations on disk, verified by content; by default they are computed as needed."""
     seed: int = 0
-    """Seed of the initial weights, of the order of documents and of the shuffle."""
+    """Seed of the initial weights and of the order of the tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto` takes a GPU where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -101,7 +101,8 @@ class MoltRun:
 
     @property
     def steps(self) -> int:
-        return self.tokens * self.epochs // self.batch_size
+        """What of an epoch fills no batch is left out."""
+        return self.tokens // self.batch_size * self.epochs
 
 
 def molt_run_from_dict(values: dict[str, Any]) -> MoltRun:
@@ -118,16 +119,19 @@ def molt_run_from_dict(values: dict[str, Any]) -> MoltRun:
 
 
 # The hook pair of Gemma Scope 2: from what the MLP reads to what its post-norm gives.
-GEMMA = MoltRun(name="gemma-3-270m-L9-N1", target="post_norm_out")
+GEMMA = MoltRun(name="gemma-3-270m-L9-N1", target="post_norm_out", epochs=2)
 FINEWEB = "hf:HuggingFaceFW/fineweb-edu:sample-100BT"
 
 MOLT_RECIPES: dict[str, tuple[str, MoltRun]] = {
     run.name: (line, run)
     for line, run in [
-        ("MOLT N=1 on layer 9 of the packaged Gemma 3 270M, 300k tokens of speeches: minutes on two CPU cores", GEMMA),
+        (
+            "MOLT N=1, layer 9 of the packaged Gemma 3 270M, 300k tokens of speeches twice: minutes on two CPU cores",
+            GEMMA,
+        ),
         (
             "the same on two million tokens",
-            replace(GEMMA, name="gemma-3-270m-L9-2M", tokens=2_000_000),
+            replace(GEMMA, name="gemma-3-270m-L9-2M", tokens=2_000_000, epochs=1),
         ),
         (
             "crosslayer-transcoder's run of 20M tokens on layer 8 of GPT-2, as it is defined, defects and all",
@@ -159,6 +163,7 @@ MOLT_RECIPES: dict[str, tuple[str, MoltRun]] = {
                 gate="batchtopk:16",
                 data=FINEWEB,
                 tokens=100_000_000,
+                epochs=1,
                 batch_size=4_096,
                 n_ctx=1_024,
                 buffer_tokens=2_097_152,
@@ -176,6 +181,7 @@ MOLT_RECIPES: dict[str, tuple[str, MoltRun]] = {
                     n=n,
                     data=FINEWEB,
                     tokens=100_000_000,
+                    epochs=1,
                     batch_size=4_096,
                     n_ctx=1_024,
                     buffer_tokens=2_097_152,

@@ -254,7 +254,7 @@ def evaluate(
     with make_progress("") as bar:
         task = bar.add_task("held-out activations", total=1.0)
         n_tokens = min(config.val_tokens, sum(int(keep_mask(host, s).sum()) for s in sequences))
-        sample = collect(host, site, lambda: iter(sequences), n_tokens)
+        sample = collect(host, site, lambda: iter(sequences), n_tokens, cache=config.activation_cache)
         mean = Replacement(LinearMap(host.d_model, host.d_model)).to(host.device)
         mean.output.load_state_dict(ridge.output.state_dict())
         return evaluate_replacement(

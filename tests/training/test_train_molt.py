@@ -29,7 +29,8 @@ def arguments(host_folder, tmp_path_factory):
     corpus = small_corpus(tmp_path_factory.mktemp("text") / "corpus")
     return [
         *("--host", str(host_folder), "--layer", "1", "--data", str(corpus), "--device", "cpu"),
-        *("--tokens", "8192", "--batch-size", "256", "--n-ctx", "64", "--buffer-tokens", "3000"),
+        *("--tokens", "4096", "--epochs", "2", "--batch-size", "256", "--n-ctx", "64"),
+        *("--buffer-tokens", "3000"),
         *("--val-tokens", "1024", "--behaviour-tokens", "512", "--log-every", "1", "--checkpoint-every", "5"),
     ]
 
@@ -85,7 +86,7 @@ def test_a_killed_run_resumes_to_bit_identical_weights(finished, arguments, tmp_
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    # In the second chunk of activations: the buffer holds about twelve steps.
+    # In the second epoch; the buffer holds about eleven of the sixteen steps of an epoch.
     while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 17:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
