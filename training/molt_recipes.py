@@ -120,7 +120,16 @@ def molt_run_from_dict(values: dict[str, Any]) -> MoltRun:
 
 # The hook pair of Gemma Scope 2: from what the MLP reads to what its post-norm gives.
 GEMMA = MoltRun(name="gemma-3-270m-L9-N1", target="post_norm_out", epochs=2)
-FINEWEB = "hf:HuggingFaceFW/fineweb-edu:sample-100BT"
+GEMMA_100M = replace(
+    GEMMA,
+    data="hf:HuggingFaceFW/fineweb-edu:sample-100BT",
+    tokens=100_000_000,
+    epochs=1,
+    batch_size=4_096,
+    n_ctx=1_024,
+    buffer_tokens=2_097_152,
+    checkpoint_every=2_000,
+)
 
 MOLT_RECIPES: dict[str, tuple[str, MoltRun]] = {
     run.name: (line, run)
@@ -156,37 +165,12 @@ MOLT_RECIPES: dict[str, tuple[str, MoltRun]] = {
         ),
         (
             "100M tokens of FineWeb-Edu, N=25, the partner of a 65k-feature transcoder",
-            replace(
-                GEMMA,
-                name="gemma-3-270m-100M",
-                n=25,
-                gate="batchtopk:16",
-                data=FINEWEB,
-                tokens=100_000_000,
-                epochs=1,
-                batch_size=4_096,
-                n_ctx=1_024,
-                buffer_tokens=2_097_152,
-                checkpoint_every=2_000,
-            ),
+            replace(GEMMA_100M, name="gemma-3-270m-100M", n=25, gate="batchtopk:16"),
         ),
         *(
             (
                 f"MOLT N={n} on layer 13 of Gemma 3 1B, 100M tokens of FineWeb-Edu",
-                replace(
-                    GEMMA,
-                    name=f"gemma-3-1b-L13-N{n}",
-                    host="google/gemma-3-1b-pt",
-                    layer=13,
-                    n=n,
-                    data=FINEWEB,
-                    tokens=100_000_000,
-                    epochs=1,
-                    batch_size=4_096,
-                    n_ctx=1_024,
-                    buffer_tokens=2_097_152,
-                    checkpoint_every=2_000,
-                ),
+                replace(GEMMA_100M, name=f"gemma-3-1b-L13-N{n}", host="google/gemma-3-1b-pt", layer=13, n=n),
             )
             for n in (1, 4, 25)
         ),

@@ -166,7 +166,7 @@ def test_an_empty_folder_is_taken_and_parents_are_made(tmp_path, host):
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "runs" / "one" / "model"):
         save_replacement(molt(), folder, host=host, site=SITE)
-        load_replacement(folder)
+        assert load_replacement(folder)[1].site == SITE
 
 
 def test_a_site_that_the_host_has_not_writes_nothing(tmp_path, host):
