@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from molt_lens.folder import ReplacementRecord
+from molt_lens.host_files import fetch
 from molt_lens.hosts import Host, Site
 from molt_lens.standardize import Replacement
 from molt_lens.transcoder import Transcoder
@@ -179,17 +180,9 @@ def _download(name: str, revision: str | None) -> Path:
             f"there is no folder {name!r}, and on the Hub a transcoder is OWNER/REPOSITORY/PATH, such as "
             "google/gemma-scope-2-270m-pt/transcoder/layer_9_width_16k_l0_small_affine"
         )
-    from huggingface_hub import snapshot_download
-
     wanted = [f"{path}/{file}" for file in (CONFIG, PARAMS, PARAMS_1)]
-    try:
-        snapshot = snapshot_download(f"{owner}/{repository}", revision=revision, allow_patterns=wanted)
-    except Exception as error:  # its HTTP library, and with it the errors of a lost connection, change with its version
-        raise FileNotFoundError(
-            f"{name!r} is no folder here and could not be fetched from the Hub{f' at {revision}' if revision else ''}: "
-            f"{error}"
-        ) from error
-    folder = Path(snapshot, path)
+    otherwise = f"{name!r} is no folder here"
+    folder = fetch(f"{owner}/{repository}", revision, wanted=wanted, otherwise=otherwise) / path
     if not folder.is_dir():
         raise FileNotFoundError(f"{owner}/{repository} has no folder {path}, or the Hub could not be asked for it")
     return folder

@@ -33,18 +33,29 @@ def locate(name: str, revision: str | None) -> Path:
     return folder
 
 
-def _download(name: str, revision: str | None) -> Path:
+def fetch(
+    repo_id: str, revision: str | None, *, wanted: list[str], unwanted: list[str] | None = None, otherwise: str
+) -> Path:
+    """The files of a Hub repository that match `wanted`, in the cache of the Hub's client.
+
+    Raises:
+        FileNotFoundError: beginning with `otherwise`, what the name could have been besides; and why it failed.
+    """
     from huggingface_hub import snapshot_download
 
-    # Nothing of a repository but the transformers model at its top: no pickles, no copies for other programs.
-    wanted = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # its HTTP library, and with it the errors of a lost connection, change with its version
         raise FileNotFoundError(
-            f"{name!r} is not gemma-3-270m, not a folder here, and could not be fetched from the Hub"
-            f"{f' at {revision}' if revision else ''}: {error}"
+            f"{otherwise} and could not be fetched from the Hub{f' at {revision}' if revision else ''}: {error}"
         ) from error
+
+
+def _download(name: str, revision: str | None) -> Path:
+    # Nothing of a repository but the transformers model at its top: no pickles, no copies for other programs.
+    wanted = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
+    otherwise = f"{name!r} is not gemma-3-270m, not a folder here,"
+    folder = fetch(name, revision, wanted=wanted, unwanted=["*/*"], otherwise=otherwise)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"the Hub repository {name} has no config.json")
     return folder

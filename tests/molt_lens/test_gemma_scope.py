@@ -264,7 +264,8 @@ def test_names_of_gemmas():
 def test_shorthands_are_folders_of_googles_repositories(tmp_path, monkeypatch):
     asked = []
 
-    def snapshot_download(repository, *, revision, allow_patterns):
+    def snapshot_download(repository, *, revision, allow_patterns, ignore_patterns):
+        assert ignore_patterns is None
         asked.append((repository, revision, allow_patterns[1]))
         raise ConnectionError("offline")
 
