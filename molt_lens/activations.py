@@ -24,6 +24,8 @@ from molt_lens.hosts import Host, Site
 from molt_lens.moments import Moments, RunningMoments
 from molt_lens.standardize import Standardizer
 
+BATCH_SEQUENCES = 8
+"""Sequences in a forward pass unless another number is asked for."""
 ROWS_AT_ONCE = 8192
 """Rows of the buffer that statistics take at once."""
 
@@ -69,13 +71,14 @@ class ActivationStore:
         seed: int,
         buffer_tokens: int = 262_144,
         dtype: torch.dtype = torch.bfloat16,
-        batch_sequences: int = 8,
+        batch_sequences: int = BATCH_SEQUENCES,
         epochs: int = 1,
         cache: Path | None = None,
         progress: Callable[[int, int | None], None] | None = None,
     ):
         sizes = {"batch_size": batch_size, "buffer_tokens": buffer_tokens, "epochs": epochs}
         require_positive(sizes)
+        self.host, self.site = host, site
         self.batch_size, self.buffer_tokens, self.seed, self.epochs = batch_size, buffer_tokens, seed, epochs
         self._stream = ActivationStream(host, site, sequences, tokens, dtype, batch_sequences, cache)
         self._progress = progress
@@ -272,7 +275,7 @@ def collect(
     tokens: int,
     dtype: torch.dtype = torch.float32,
     *,
-    batch_sequences: int = 8,
+    batch_sequences: int = BATCH_SEQUENCES,
     cache: Path | None = None,
 ) -> Sample:
     """The first kept tokens of a text, in its order, on the host's device: what is measured on.

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from molt_lens.activations import buffer_bytes
+from molt_lens.activations import BATCH_SEQUENCES, buffer_bytes
 from molt_lens.hosts import Host
 from molt_lens.maps import matched_map
+from molt_lens.packing import keep_mask
+from training.molt_data import train_sequences
 from training.molt_recipes import MoltRun
 from training.preflight import (
     GB,
@@ -89,9 +91,34 @@ def bad_molt_numbers(config: MoltRun) -> list[str]:
         problems.append(f"--optim.lr {optim.lr}: expected a rate above 0")
     if config.tokens < config.batch_size:
         problems.append(f"--tokens {config.tokens}: less than one step of --batch-size {config.batch_size}")
+    pass_tokens = BATCH_SEQUENCES * config.n_ctx
+    if config.buffer_tokens < config.batch_size + pass_tokens:
+        problems.append(
+            f"--buffer-tokens {config.buffer_tokens}: must hold a batch of {config.batch_size} and a forward pass of "
+            f"{pass_tokens} tokens ({BATCH_SEQUENCES} sequences): raise it, or lower --n-ctx"
+        )
     if config.penalty.kind == "l0" and config.gate != "jumprelu":
         problems.append(f"--penalty.kind l0 moves the thresholds of --gate jumprelu, and {config.gate} has none")
     return problems
+
+
+def preflight_text(config: MoltRun, host: Host) -> None:
+    """Whether there is text enough, before the first forward pass; a stream is taken at its word.
+
+    Raises:
+        PreflightError: it says how many tokens there are.
+    """
+    if config.data.startswith("hf:"):
+        return
+    tokens = 0
+    for sequence in train_sequences(config, host):
+        tokens += int(keep_mask(host, sequence[None]).sum())
+        if tokens >= config.tokens:
+            return
+    raise PreflightError(
+        f"--tokens {config.tokens}: the training documents of {config.data} have {tokens:,}: ask for fewer (--epochs "
+        "repeats them), or give more text"
+    )
 
 
 def preflight_size(config: MoltRun, host: Host, run_dir: Path) -> Memory:

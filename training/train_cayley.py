@@ -10,10 +10,8 @@ The run folder holds config.json, environment.json, metrics.jsonl, checkpoints/,
 
 import json
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import tyro
 from accelerate.utils import broadcast_object_list
@@ -21,87 +19,18 @@ from accelerate.utils import broadcast_object_list
 from analysis.evaluate import Evaluation, evaluate_run
 from analysis.report import write_report
 from cayley_interp.folder import save_pretrained
-from training.data import Corpus, DataError, open_corpus
+from training.command import Command
+from training.data import Corpus, open_corpus
 from training.display import console, make_progress
 from training.environment import peak_memory
-from training.loop import Trainer, TrainingDiverged, make_accelerator
-from training.preflight import PreflightError, preflight
+from training.loop import Trainer, make_accelerator
+from training.preflight import preflight
 from training.recipes import RECIPES, RunConfig, config_from_dict
 from training.run_folder import start_folder
 from training.tracking import MetricsFile, start_tracker
 
 NGRAM_TOKENS = 20_000_000
 """Training tokens that the count models beside the validation loss are made from."""
-
-
-@dataclass(frozen=True)
-class ResumeArgs:
-    """Continue a run that was stopped; everything else comes from its config.json."""
-
-    resume: Path
-    """Run folder."""
-    device: Literal["auto", "cpu", "cuda"] | None = None
-    """Continue on another device."""
-    track: Literal["none", "wandb", "trackio"] | None = None
-    """Continue with another tracker."""
-
-
-def main(argv: list[str] | None = None) -> int:
-    run_dir: Path | None = None
-    try:
-        config, run_dir, resume = parse_arguments(sys.argv[1:] if argv is None else argv)
-        train(config, run_dir, resume)
-    except (PreflightError, DataError, TrainingDiverged, ValueError, OSError) as error:
-        console.print(f"[bold red]{type(error).__name__}[/]", end=": ")
-        console.print(str(error), markup=False)
-        return 2
-    except KeyboardInterrupt:
-        way_on = f"; continue with: python training/train_cayley.py --resume {run_dir}" if run_dir else ""
-        console.print(f"stopped{way_on}", markup=False)
-        return 130
-    return 0
-
-
-def parse_arguments(argv: list[str]) -> tuple[RunConfig, Path, bool]:
-    """(config, run folder, whether to resume) from [RECIPE] [--flags], or from --resume DIR."""
-    if any(arg == "--resume" or arg.startswith("--resume=") for arg in argv):
-        args = tyro.cli(ResumeArgs, args=argv, prog="train_cayley.py")
-        return (*resumed_config(args), True)
-    recipe = argv[0] if argv and not argv[0].startswith("-") else "tiny"
-    if recipe not in RECIPES:
-        raise ValueError(f"no recipe is called {recipe!r}; the recipes are {', '.join(RECIPES)}")
-    config = tyro.cli(
-        RunConfig,
-        args=argv[argv[:1] == [recipe] :],
-        default=RECIPES[recipe][1],
-        prog=f"train_cayley.py {recipe}",
-        description=help_text(),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-    )
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return config, config.out or Path("runs") / f"{config.name}-{stamp}", False
-
-
-def help_text() -> str:
-    """Every recipe with its line, shown above the flags."""
-    width = max(len(name) for name in RECIPES)
-    recipes = "\n\n".join(f"{name:<{width}}  {line}" for name, (line, _) in RECIPES.items())
-    return (
-        "Train a Cayley-GPT: [RECIPE] [--flags], or --resume DIR to continue a run that was stopped.\n\n"
-        f"Recipes (the defaults below are those of the recipe named; tiny if none is):\n\n{recipes}"
-    )
-
-
-def resumed_config(args: ResumeArgs) -> tuple[RunConfig, Path]:
-    file = args.resume / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{args.resume} is not a run folder: it has no config.json. Start a new run with --out.")
-    try:
-        config = config_from_dict(json.loads(file.read_text()))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not the config of a run: {error}") from error
-    changes = {name: value for name in ("device", "track") if (value := getattr(args, name)) is not None}
-    return replace(config, **changes), args.resume
 
 
 def train(config: RunConfig, run_dir: Path, resume: bool) -> Path:
@@ -231,5 +160,15 @@ def describe(record: dict, config: RunConfig, end: int) -> str:
     )
 
 
+COMMAND = Command(
+    script="train_cayley.py",
+    what="Train a Cayley-GPT",
+    recipes=RECIPES,
+    default="tiny",
+    from_dict=config_from_dict,
+    train=train,
+    markers=(tyro.conf.OmitArgPrefixes,),
+)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())

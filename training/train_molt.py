@@ -8,15 +8,12 @@
 The run folder holds config.json, environment.json, metrics.jsonl, checkpoints/, model/, ridge/ and report.html.
 """
 
-import json
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 from rich.progress import Progress
 
 from analysis.molt_report import write_molt_report
@@ -31,88 +28,21 @@ from molt_lens.gemma_scope import load_gemma_scope
 from molt_lens.hosts import Host, Site, load_host
 from molt_lens.packing import keep_mask
 from molt_lens.reference import reference_molt, set_reference_statistics
+from training.command import Command
 from training.display import console, make_progress
 from training.environment import peak_memory
-from training.loop import TrainingDiverged
 from training.molt_data import train_sequences, val_sequences
 from training.molt_loop import MoltTrainer
-from training.molt_preflight import preflight_molt, preflight_size
+from training.molt_preflight import preflight_molt, preflight_size, preflight_text
 from training.molt_recipes import MOLT_RECIPES, MoltRun, molt_run_from_dict
-from training.preflight import PreflightError, resolve_device
+from training.preflight import resolve_device
 from training.run_folder import start_folder
 from training.tracking import MetricsFile, start_tracker
 
-DEFAULT = "gemma-3-270m-L9-N1"
 MOMENTS_TOKENS = 100_000
 """Tokens that the standardisers' statistics are taken over; all there are in a shorter run."""
 CALIBRATION_TOKENS = 4_096
 """Tokens that an untrained map's scales are set from."""
-
-
-@dataclass(frozen=True)
-class ResumeArgs:
-    """Continue a run that was stopped; everything else comes from its config.json."""
-
-    resume: Path
-    """Run folder."""
-    device: Literal["auto", "cpu", "cuda"] | None = None
-    """Continue on another device."""
-
-
-def main(argv: list[str] | None = None) -> int:
-    run_dir: Path | None = None
-    try:
-        config, run_dir, resume = parse_arguments(sys.argv[1:] if argv is None else argv)
-        train(config, run_dir, resume)
-    except (PreflightError, TrainingDiverged, ImportError, ValueError, OSError) as error:
-        console.print(f"[bold red]{type(error).__name__}[/]", end=": ")
-        console.print(str(error), markup=False)
-        return 2
-    except KeyboardInterrupt:
-        way_on = f"; continue with: python training/train_molt.py --resume {run_dir}" if run_dir else ""
-        console.print(f"stopped{way_on}", markup=False)
-        return 130
-    return 0
-
-
-def parse_arguments(argv: list[str]) -> tuple[MoltRun, Path, bool]:
-    """(config, run folder, whether to resume) from [RECIPE] [--flags], or from --resume DIR."""
-    if any(arg == "--resume" or arg.startswith("--resume=") for arg in argv):
-        args = tyro.cli(ResumeArgs, args=argv, prog="train_molt.py")
-        config = _read_config(args.resume)
-        return replace(config, device=args.device or config.device), args.resume, True
-    recipe = argv[0] if argv and not argv[0].startswith("-") else DEFAULT
-    if recipe not in MOLT_RECIPES:
-        raise ValueError(f"no recipe is called {recipe!r}; the recipes are {', '.join(MOLT_RECIPES)}")
-    config = tyro.cli(
-        MoltRun,
-        args=argv[argv[:1] == [recipe] :],
-        default=MOLT_RECIPES[recipe][1],
-        prog=f"train_molt.py {recipe}",
-        description=help_text(),
-        config=(tyro.conf.FlagConversionOff,),
-    )
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return config, config.out or Path("runs") / f"{config.name}-{stamp}", False
-
-
-def help_text() -> str:
-    """Every recipe with its line, shown above the flags."""
-    recipes = "\n\n".join(f"{name}: {line}" for name, (line, _) in MOLT_RECIPES.items())
-    return (
-        "Train a replacement for one MLP layer: [RECIPE] [--flags], or --resume DIR to continue a run.\n\n"
-        f"Recipes (the defaults below are those of the recipe named; {DEFAULT} if none is):\n\n{recipes}"
-    )
-
-
-def _read_config(run_dir: Path) -> MoltRun:
-    file = run_dir / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{run_dir} is not a run folder: it has no config.json. Start a new run with --out.")
-    try:
-        return molt_run_from_dict(json.loads(file.read_text()))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not the config of such a run: {error}") from error
 
 
 def train(config: MoltRun, run_dir: Path, resume: bool) -> Path:
@@ -120,10 +50,11 @@ def train(config: MoltRun, run_dir: Path, resume: bool) -> Path:
     preflight_molt(config, run_dir, resume)
     device = torch.device(resolve_device(config.device))
     console.print(f"host: {config.host}", markup=False)
-    host = open_host(config.host, device)
+    host = open_host(config.host, device, getattr(torch, config.host_dtype))
     site = Site(config.layer, config.input, config.target)
     host.modules(site)  # a layer or target that the host lacks is said before anything is written
     memory = preflight_size(config, host, run_dir)
+    preflight_text(config, host)
     if not resume:
         start_folder(config, run_dir, device, processes=1)
     console.print(
@@ -318,12 +249,21 @@ def open_baseline(name: str, host: Host, site: Site) -> Replacement:
     return replacement.to(host.device)
 
 
-def open_host(name: str, device: torch.device) -> Host:
+def open_host(name: str, device: torch.device, dtype: torch.dtype) -> Host:
     """A host by name: a CayleyGPT where cayley_interp knows it, else what molt_lens finds."""
     if name in bundled_models() or is_model_folder(Path(name)):
-        return load_host(load_pretrained(name, wrap=None), device=device)
-    return load_host(name, device=device)
+        return load_host(load_pretrained(name, wrap=None), device=device, dtype=dtype)
+    return load_host(name, device=device, dtype=dtype)
 
+
+COMMAND = Command(
+    script="train_molt.py",
+    what="Train a replacement for one MLP layer of a language model",
+    recipes=MOLT_RECIPES,
+    default="gemma-3-270m-L9-N1",
+    from_dict=molt_run_from_dict,
+    train=train,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())

@@ -14,7 +14,7 @@ from molt_lens.hosts import load_host
 from tests.helpers import MOLT_SCRIPT, ROOT, environment, metrics, run_molt, small_corpus
 from tests.molt_lens.host_models import tiny_model, tiny_tokenizer
 from training.molt_recipes import MOLT_RECIPES, molt_run_from_dict
-from training.train_molt import main
+from training.train_molt import COMMAND
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +110,12 @@ def test_a_killed_run_resumes_to_bit_identical_weights(finished, arguments, tmp_
         ["--kind", "mxd", "--gate", "topk:8"],
         ["--kind", "linear"],
         ["--kind", "molt-skip", "--gate", "relu", "--penalty.kind", "tanh", "--precision", "bf16"],
+        ["--kind", "transcoder", "--gate", "batchtopk:8", "--host-dtype", "bfloat16"],
     ],
     ids=lambda choice: choice[1],
 )
 def test_baselines_by_the_same_command(choice, arguments, tmp_path):
-    assert main([*arguments, "--tokens", "2048", *choice, "--out", str(tmp_path / "run")]) == 0
+    assert COMMAND.main([*arguments, "--tokens", "2048", *choice, "--out", str(tmp_path / "run")]) == 0
     final = metrics(tmp_path / "run")[-1]["final"]
     assert 0 < final["fit"]["nmse"] < 1.5
     if choice == ["--kind", "linear"]:
@@ -124,17 +125,17 @@ def test_baselines_by_the_same_command(choice, arguments, tmp_path):
 def test_a_cayley_gpt_is_a_host(arguments, tmp_path):
     """A map from the norm's output stands for bottleneck and MLP together."""
     change = ["--host", "cayley-tiny-2L-sotu", "--layer", "3", "--target", "mlp_out", "--tokens", "2048"]
-    assert main([*arguments, *change, "--out", str(tmp_path / "run")]) == 0
+    assert COMMAND.main([*arguments, *change, "--out", str(tmp_path / "run")]) == 0
     record = load_replacement(tmp_path / "run" / "model")[1]
     assert record.hooks["tl_input"] == "blocks.3.ln2.hook_out"
 
 
 def test_a_replacement_is_a_baseline_of_its_own_host_and_site_only(finished, arguments, tmp_path, capsys):
     same = [*arguments, "--tokens", "1024", "--kind", "linear", "--baselines", str(finished[0])]
-    assert main([*same, "--out", str(tmp_path / "run")]) == 0
+    assert COMMAND.main([*same, "--out", str(tmp_path / "run")]) == 0
     final = metrics(tmp_path / "run")[-1]["final"]
     assert final["floors"][str(finished[0])] == metrics(finished[0])[-1]["final"]["fit"]
-    assert main([*same, "--layer", "2", "--out", str(tmp_path / "other")]) == 2
+    assert COMMAND.main([*same, "--layer", "2", "--out", str(tmp_path / "other")]) == 2
     assert "this run is of Site(layer=2" in " ".join(capsys.readouterr().err.split())
 
 
@@ -156,7 +157,8 @@ def test_help_names_every_recipe():
         (["--batch-size", "0"], "--batch-size 0: expected at least 1"),
         (["--penalty.kind", "l0"], "--gate jumprelu"),
         (["--precision", "fp16"], "needs a GPU"),
-        (["--tokens", "10_000_000"], "give more text"),
+        (["--tokens", "10_000_000"], "or give more text"),
+        (["--buffer-tokens", "700"], "must hold a batch of 256 and a forward pass of 512 tokens"),
         (["--resume", "/nonexistent"], "is not a run folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -165,5 +167,5 @@ def test_bad_input_is_one_clear_line(change, message, arguments, tmp_path, capsy
     given = (
         change if change[0] in ("--resume", "no-such-recipe") else [*arguments, *change, "--out", str(tmp_path / "r")]
     )
-    assert main(given) == 2
+    assert COMMAND.main(given) == 2
     assert message in " ".join(capsys.readouterr().err.split())
