@@ -1,4 +1,4 @@
-"""The report in a real browser: drawn from file:// without a network, inert, and at home on a narrow screen."""
+"""Both reports in a real browser: drawn from file:// without a network, inert, and at home on a narrow screen."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,8 +8,11 @@ from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 
+from analysis.molt_report import write_molt_report
 from analysis.report import write_report
 from tests.analysis.fabricated import evaluate, make_run
+from tests.analysis.test_molt_report import evaluated
+from tests.analysis.test_molt_report import make_run as make_molt_run
 
 pytestmark = pytest.mark.browser
 
@@ -35,10 +38,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     driver.quit()
 
 
+@pytest.fixture(scope="module", params=["Cayley-GPT", "molt"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+def report(kind: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    if kind == "molt":
+        measured = evaluated("molt")
+        return write_molt_report(make_molt_run(folder, measured), measured).as_uri()
     evaluation = evaluate(LEVELS)
-    return write_report(make_run(tmp_path_factory.mktemp("run") / "run", LEVELS, evaluation), evaluation).as_uri()
+    return write_report(make_run(folder, LEVELS, evaluation), evaluation).as_uri()
 
 
 def open_page(browser: webdriver.Chrome, url: str, *, width: int = 1100, scheme: str = "light") -> None:
@@ -49,11 +61,11 @@ def open_page(browser: webdriver.Chrome, url: str, *, width: int = 1100, scheme:
     browser.get(url)
 
 
-def test_opens_and_draws_without_errors(browser: webdriver.Chrome, report: str):
+def test_opens_and_draws_without_errors(browser: webdriver.Chrome, report: str, kind: str):
     open_page(browser, report)
-    assert "Cayley-GPT run" in browser.title
+    assert f"{kind} run" in browser.title
     drawn = browser.execute_script("return [...document.querySelectorAll('.plot')].map(p => !!p.querySelector('svg'))")
-    assert drawn == [True] * 5
+    assert drawn == [True] * {"Cayley-GPT": 5, "molt": 3}[kind]
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.get_log("browser") == []
 
