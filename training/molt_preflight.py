@@ -156,8 +156,8 @@ def estimate_molt_memory(config: MoltRun, d: int, available: int) -> Memory:
     def of(n: int) -> tuple[int, int]:
         with torch.device("meta"):
             made = matched_map(config.kind, d, d, n=n, gate=config.gate if n == config.n else "relu")
-        latents = max(sum(made.ranks), made.n_units)
         parameters = sum(parameter.numel() for parameter in made.parameters())
+        latents = parameters // (2 * d)  # each has a row of d weights in and one out, in every kind
         return TRAINED_BYTES * parameters, 4 * config.batch_size * (3 * latents + 4 * d)
 
     buffer = buffer_bytes(d, d, min(config.buffer_tokens, config.tokens), getattr(torch, config.store_dtype))
