@@ -51,7 +51,7 @@ $(TL4)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test-tl4: $(TL4)/.installed
-	$(TL4)/bin/python -m pytest tests/cayley_interp/test_lens.py
+	$(TL4)/bin/python -m pytest tests/cayley_interp/test_lens.py tests/molt_lens/test_hosts.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -92,7 +92,7 @@ class BatchTopKGate(Gate):
             n_open = self.k * acts[..., 0].numel()
             smallest = acts.detach().flatten().topk(n_open, sorted=False).values.min()
             if self.training:
-                self._follow(smallest)
+                self._follow(smallest.to(self.threshold.dtype))
         else:
             smallest = self.threshold
         return acts * (acts >= smallest)

@@ -1,4 +1,4 @@
-"""MOLTs and transcoders inside SAELens: architectures `molt` and `molt_lens_transcoder`, for inference.
+"""MOLTs and transcoders inside SAELens: architectures `molt` and `molt_lens_transcoder`.
 
     sae = replacement_sae(replacement, record)
     sae.save_model(folder)                             # SAE.load_from_disk(folder) gives the same outputs
@@ -11,12 +11,14 @@ thread, and acts belong to the x they came from. decode(acts, x) says it outrigh
 decode; SAELens' own skip transcoders have it in forward alone, and lose it when attached.
 
 Hooks are named as TransformerBridge names them. A HookedSAETransformer has others, and skips what it does not have
-with no more than a warning. SAELens finds an architecture only once the module that registers it has been imported.
+with no more than a warning. `saelens_training.py` has the architectures for SAELens' trainer. SAELens finds an
+architecture only once the module that registers it has been imported.
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -29,8 +31,13 @@ from molt_lens.standardize import Replacement
 from molt_lens.transcoder import Transcoder
 
 try:
-    from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
-    from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
+    from sae_lens.registry import (
+        SAE_CLASS_REGISTRY,
+        SAE_TRAINING_CLASS_REGISTRY,
+        register_sae_class,
+        register_sae_training_class,
+    )
+    from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata, TrainingSAE
     from sae_lens.util import dtype_to_str
 except ImportError as error:
     raise ImportError(
@@ -111,7 +118,6 @@ class TranscoderSAEConfig(ReplacementSAEConfig):
 class ReplacementSAE(SAE[Any]):
     """A Replacement with the hooks and methods of SAELens' SAEs; `sae.replacement` is the Replacement itself."""
 
-    cfg: ReplacementSAEConfig
     replacement: Replacement
 
     def initialize_weights(self) -> None:
@@ -129,13 +135,19 @@ class ReplacementSAE(SAE[Any]):
         Raises:
             ValueError: the width of x is not d_in.
         """
+        return self.encode_with_hidden_pre(x)[0]
+
+    def encode_with_hidden_pre(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch d_sae"], Float[Tensor, "*batch d_sae"]]:
+        """`encode`, with what the detectors give beside the gate values."""
         if x.shape[-1] != self.cfg.d_in:
             raise ValueError(f"this SAE has d_in={self.cfg.d_in}, got an input of shape {tuple(x.shape)}")
         map = self.replacement.map
         sae_in = self.hook_sae_input(x.to(self.dtype))
         self._encoded = sae_in, x.dtype
         pre = self.hook_sae_acts_pre(map.pre_acts(self.replacement.input(sae_in)))
-        return self.hook_sae_acts_post(map.gate(pre))
+        return self.hook_sae_acts_post(map.gate(pre)), pre
 
     def decode(
         self, feature_acts: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"] | None = None
@@ -213,10 +225,23 @@ def replacement_sae(replacement: Replacement, record: ReplacementRecord) -> Repl
     Raises:
         ValueError: another kind of map.
     """
+    return wrapped(replacement, record, CLASSES)
+
+
+S = TypeVar("S", bound=ReplacementSAE)
+
+
+def wrapped(
+    replacement: Replacement,
+    record: ReplacementRecord,
+    classes: Mapping[str, tuple[type[S], type[ReplacementSAEConfig]]],
+    **settings: Any,
+) -> S:
+    """`replacement_sae` in the classes that are given by kind, and with further settings for its config."""
     map = replacement.map
-    if map.kind not in CLASSES:
-        raise ValueError(f"SAELens is told of {', '.join(CLASSES)} here, got a map of kind {map.kind!r}")
-    sae_class, config_class = CLASSES[map.kind]
+    if map.kind not in classes:
+        raise ValueError(f"SAELens is told of {', '.join(classes)} here, got a map of kind {map.kind!r}")
+    sae_class, config_class = classes[map.kind]
     config = config_class(
         map=map.config(),
         dtype=dtype_to_str(map.b_dec.dtype),
@@ -231,20 +256,27 @@ def replacement_sae(replacement: Replacement, record: ReplacementRecord) -> Repl
             prepend_bos=True,  # as the sequences that it was trained on, where the host has a BOS
             host_fingerprint=record.host_fingerprint,
         ),
+        **settings,
     )
     sae = sae_class(config)
     sae.replacement = copy.deepcopy(replacement)
     return sae.to(device=map.b_dec.device).eval()
 
 
-def _register(sae_class: type[ReplacementSAE], config_class: type[ReplacementSAEConfig]) -> None:
-    """Make an architecture known to SAELens; once more is no harm, as when this module is reloaded."""
+def register(sae_class: type[ReplacementSAE], config_class: type[ReplacementSAEConfig]) -> None:
+    """Make a class known to SAELens; once more is no harm, as when its module is reloaded."""
+    is_trained = issubclass(sae_class, TrainingSAE)
+    registry, add = (
+        (SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class)
+        if is_trained
+        else (SAE_CLASS_REGISTRY, register_sae_class)
+    )
     name = config_class.architecture()
-    known = SAE_CLASS_REGISTRY.get(name)
+    known = registry.get(name)
     if known is not None and known[0].__module__ == sae_class.__module__:
-        del SAE_CLASS_REGISTRY[name]
-    register_sae_class(name, sae_class, config_class)
+        del registry[name]
+    add(name, sae_class, config_class)  # pyright: ignore[reportArgumentType]
 
 
 for _classes in CLASSES.values():
-    _register(*_classes)
+    register(*_classes)

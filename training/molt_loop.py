@@ -11,15 +11,13 @@ from torch import Tensor
 
 from analysis.units import UnitCounter
 from molt_lens.activations import ActivationStore
+from molt_lens.objective import fit_of, revive_
 from molt_lens.penalties import penalty_of, penalty_weight
 from molt_lens.standardize import Replacement
 from training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from training.loop import TrainingDiverged
 from training.molt_recipes import MoltRun
 from training.optim import Schedule, linear_warmdown
-
-REVIVAL = 0.02
-"""By how much a silent unit's bias rises at a step: pre-activations start with deviation 1."""
 
 
 class MoltTrainer:
@@ -84,14 +82,10 @@ class MoltTrainer:
         lr = self._set_learning_rate()
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         with torch.autocast(self.device.type, dtype=low, enabled=low is not None):
-            x, y = self.replacement.input(x), self.replacement.output(y)
-            pre = self.map.pre_acts(x)
-            acts = self.map.gate(pre)
-            recons = self.map.decode_reachable(acts, x, self.map.gate.reachable(pre, acts))
-            mse = (recons.float() - y).square().mean()
-            penalty = penalty_of(config.penalty, self.map, pre, acts)
+            fit = fit_of(self.replacement, x, y)
+            penalty = penalty_of(config.penalty, self.map, fit.pre, fit.acts)
             weight = penalty_weight(config.penalty, self.step, config.steps)
-            loss = mse + weight * penalty
+            loss = fit.mse + weight * penalty
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.map.parameters(), config.optim.clip or math.inf).item()
@@ -100,11 +94,11 @@ class MoltTrainer:
         self.scaler.step(self.optimizer)  # skips a step whose scaled gradients overflowed
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._revive((acts != 0).any(0))
-        counter.add(acts.detach())
+        self._revive((fit.acts != 0).any(0))
+        counter.add(fit.acts.detach())
         return {
             "loss": loss.item(),
-            "mse": mse.item(),
+            "mse": fit.mse.item(),
             "penalty": penalty.item(),
             "penalty_weight": weight,
             "grad_norm": grad_norm,
@@ -125,7 +119,7 @@ class MoltTrainer:
         """Raise the biases of units that have been closed for long."""
         self.silent.add_(self.config.batch_size).mul_(~opened)
         if self.config.revive_after:
-            self.map.b_enc.add_(REVIVAL * (self.silent >= self.config.revive_after))
+            revive_(self.map, self.silent >= self.config.revive_after)
 
     def save(self) -> None:
         """Write a checkpoint of the state between two steps."""

@@ -27,7 +27,7 @@ from molt_lens.saelens import (
     MoltSAEConfig,
     TranscoderSAE,
     TranscoderSAEConfig,
-    _register,
+    register,
     replacement_sae,
 )
 from tests.molt_lens.host_models import tiny_bridge, tiny_host
@@ -228,11 +228,11 @@ def test_the_architectures_are_our_own():
 
 def test_registering_again_is_no_harm_but_a_name_of_others_is_theirs(monkeypatch):
     monkeypatch.setitem(SAE_CLASS_REGISTRY, "molt", SAE_CLASS_REGISTRY["molt"])  # put back afterwards
-    _register(MoltSAE, MoltSAEConfig)
+    register(MoltSAE, MoltSAEConfig)
     assert SAE_CLASS_REGISTRY["molt"] == (MoltSAE, MoltSAEConfig)
     SAE_CLASS_REGISTRY["molt"] = SAE_CLASS_REGISTRY["standard"]
     with pytest.raises(ValueError, match="already registered"):
-        _register(MoltSAE, MoltSAEConfig)
+        register(MoltSAE, MoltSAEConfig)
 
 
 def test_without_saelens_the_error_says_what_to_install(monkeypatch):

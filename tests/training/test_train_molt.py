@@ -109,8 +109,8 @@ def test_a_killed_run_resumes_to_bit_identical_weights(finished, arguments, tmp_
         ["--kind", "skip-transcoder", "--gate", "jumprelu", "--penalty.kind", "l0", "--penalty.target", "20"],
         ["--kind", "mxd", "--gate", "topk:8"],
         ["--kind", "linear"],
-        ["--kind", "molt-skip", "--gate", "relu", "--penalty.kind", "tanh", "--precision", "bf16"],
-        ["--kind", "transcoder", "--gate", "batchtopk:8", "--host-dtype", "bfloat16"],
+        ["--kind", "molt-skip", "--gate", "relu", "--penalty.kind", "tanh"],
+        ["--kind", "transcoder", "--gate", "batchtopk:8", "--host-dtype", "bfloat16", "--precision", "bf16"],
     ],
     ids=lambda choice: choice[1],
 )
