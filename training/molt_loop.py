@@ -27,7 +27,7 @@ class MoltTrainer:
         self.config, self.replacement, self.store, self.run_dir = config, replacement, store, run_dir
         self.map = replacement.map
         self.device = self.map.b_dec.device
-        self.optimizer = torch.optim.Adam(self.map.parameters(), lr=config.optim.lr, betas=config.optim.betas)
+        self.optimizer = torch.optim.Adam(self.map.parameters(), lr=config.peak_lr, betas=config.optim.betas)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.silent = torch.zeros(self.map.n_units, dtype=torch.int64, device=self.device)
         self.step = 0
@@ -109,7 +109,7 @@ class MoltTrainer:
         optim, steps = self.config.optim, self.config.steps
         schedule = Schedule(round(steps * (1 - optim.decay)), steps)
         rate = linear_warmdown(
-            self.step, schedule, warmup=max(1, round(optim.warmup * steps)), peak=optim.lr, minimum=0.0
+            self.step, schedule, warmup=max(1, round(optim.warmup * steps)), peak=self.config.peak_lr, minimum=0.0
         )
         self.optimizer.param_groups[0]["lr"] = rate
         return rate

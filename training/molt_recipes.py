@@ -14,8 +14,8 @@ from molt_lens.reference import REFERENCE_PENALTY
 class MoltOptim:
     """Adam, with a linear warm-up and a linear decay to 0 at the end."""
 
-    lr: float = 2e-3
-    """Peak learning rate."""
+    lr: float | None = None
+    """Peak learning rate; by default what suits the kind best, by a short search (docs/results.md)."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Adam's betas."""
     warmup: float = 0.05
@@ -24,6 +24,16 @@ class MoltOptim:
     """Share of the steps, at the end, over which the rate falls to 0."""
     clip: float = 1.0
     """Largest gradient norm; 0 leaves gradients as they are."""
+
+
+LEARNING_RATES: dict[Kind, float] = {
+    "molt": 2e-3,
+    "molt-skip": 2e-3,
+    "transcoder": 4e-3,
+    "skip-transcoder": 4e-3,
+    "mxd": 4e-3,
+    "linear": 0.0,  # solved, not trained
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,10 @@ class MoltRun:
     def steps(self) -> int:
         """What of an epoch fills no batch is left out."""
         return self.tokens // self.batch_size * self.epochs
+
+    @property
+    def peak_lr(self) -> float:
+        return LEARNING_RATES[self.kind] if self.optim.lr is None else self.optim.lr
 
 
 def molt_run_from_dict(values: dict[str, Any]) -> MoltRun:

@@ -10,7 +10,7 @@ The run folder holds config.json, environment.json, metrics.jsonl, checkpoints/,
 
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ CALIBRATION_TOKENS = 4_096
 def train(config: MoltRun, run_dir: Path, resume: bool) -> Path:
     """Run the config in its folder, to the report; returns the folder."""
     preflight_molt(config, run_dir, resume)
+    config = replace(config, optim=replace(config.optim, lr=config.peak_lr))  # config.json leaves nothing open
     device = torch.device(resolve_device(config.device))
     console.print(f"host: {config.host}", markup=False)
     host = open_host(config.host, device, getattr(torch, config.host_dtype))
