@@ -40,7 +40,7 @@ from molt_lens.activations import ActivationStore
 from molt_lens.folder import ReplacementRecord
 from molt_lens.molt import Molt
 from molt_lens.objective import fit_of, revive_
-from molt_lens.penalties import Penalty, penalty_of
+from molt_lens.penalties import Penalty, penalty_of, starting_open_rate
 from molt_lens.saelens import (
     MoltSAE,
     MoltSAEConfig,
@@ -212,6 +212,7 @@ def training_sae(
     replacement.input.set(moments.mean_in, moments.std_in)
     replacement.output.set(moments.mean_out, moments.std_out)
     sample = store.first_inputs(min(CALIBRATION_TOKENS, moments_tokens)).to(sae.device, sae.dtype)
+    open_rate = starting_open_rate(penalty, map.n_units, open_rate)
     replacement.map.calibrate(replacement.input(sample), open_rate, initial_variance)
     return sae
 

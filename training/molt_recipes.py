@@ -65,7 +65,7 @@ class MoltRun:
     standardize: bool = True
     """Work on activations of mean 0 and deviation 1 per dimension; without it, the known collapse (docs/results.md)."""
     open_rate: float = 0.25
-    """Share of tokens at which each ReLU or JumpReLU gate is open before training."""
+    """Share of tokens at which each ReLU or JumpReLU gate is open before training, or less for a lower target L0."""
     initial_variance: float = 0.01
     """Variance per dimension of what the units write before training, where the standardised target has 1."""
     revive_after: int = 20_000

@@ -27,6 +27,7 @@ from molt_lens.folder import check_site, load_replacement, save_replacement
 from molt_lens.gemma_scope import load_gemma_scope
 from molt_lens.hosts import Host, Site, load_host
 from molt_lens.packing import keep_mask
+from molt_lens.penalties import starting_open_rate
 from molt_lens.reference import reference_molt, set_reference_statistics
 from training.command import Command
 from training.display import console, make_progress
@@ -174,7 +175,8 @@ def make_replacements(
         set_reference_statistics(replacement, *next(store.first(config.batch_size)))
         return replacement, ridge
     sample = store.first_inputs(min(CALIBRATION_TOKENS, config.tokens))
-    replacement.map.calibrate(replacement.input(sample), config.open_rate, config.initial_variance)
+    open_rate = starting_open_rate(config.penalty, replacement.map.n_units, config.open_rate)
+    replacement.map.calibrate(replacement.input(sample), open_rate, config.initial_variance)
     return replacement, ridge
 
 
