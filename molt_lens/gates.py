@@ -130,6 +130,7 @@ class JumpReLUGate(Gate):
         pre: Float[Tensor, "*batch unit"],
         acts: Float[Tensor, "*batch unit"],  # noqa: ARG002
     ) -> Float[Tensor, "*batch unit"]:
+        """The step; its gradient moves pre as well as the threshold, whose logarithm alone is slow (docs/log.md)."""
         return _Step.apply(pre, self.log_threshold.exp(), self.bandwidth)
 
     @torch.no_grad()
@@ -217,8 +218,8 @@ class _Step(torch.autograd.Function):
     def backward(ctx, *grads):
         (grad,) = grads
         pre, threshold, bandwidth = ctx.saved_tensors
-        near = grad * _in_window(pre, threshold, bandwidth)
-        return None, _to_units(-near / bandwidth, threshold), None
+        near = grad * _in_window(pre, threshold, bandwidth) / bandwidth
+        return near, _to_units(-near, threshold), None
 
 
 def _in_reference_window(pre: Tensor, threshold: Tensor, bandwidth: Tensor) -> Tensor:

@@ -30,11 +30,7 @@ class Penalty:
 
 
 def starting_open_rate(penalty: Penalty, n_units: int, otherwise: float) -> float:
-    """Share of tokens at which a unit opens before training: for a target L0, what it asks of each unit.
-
-    A threshold learns by its logarithm, a thousandth or two a step: started at 8 open units of a target of 4, six were open
-    after 600 steps, whatever the weight.
-    """
+    """Share of tokens at which a unit opens before training: for a target L0, what it asks of each unit."""
     return min(otherwise, penalty.target / n_units) if penalty.kind == "l0" else otherwise
 
 

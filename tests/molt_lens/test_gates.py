@@ -60,8 +60,9 @@ def test_jumprelu_gradients_are_those_of_the_paper():
     # d acts / d theta = -theta / bandwidth within half a bandwidth of theta; the log brings another theta.
     expected = [-0.5 / 0.4 * (1 + 3 + 7) * 0.5, -0.5 / 0.4 * (2 + 6) * 0.5]
     assert gate.log_threshold.grad.tolist() == pytest.approx(expected)
-    gate.log_threshold.grad = None
+    gate.log_threshold.grad = pre.grad = None
     gate.openness(pre, acts).backward(upstream)
+    assert (0.4 * pre.grad).round(decimals=6).tolist() == [[1.0, 2.0], [3.0, 0.0], [0.0, 6.0], [7.0, 0.0]]
     assert gate.log_threshold.grad.tolist() == pytest.approx([-1 / 0.4 * (1 + 3 + 7) * 0.5, -1 / 0.4 * (2 + 6) * 0.5])
 
 
