@@ -16,7 +16,7 @@ from training.train_molt import train
 
 BASE = MOLT_RECIPES["gemma-3-270m-L9-N1"][1]
 SEEDS = 3
-TO_FOUR = Penalty("l0", weight=0.01, target=4.0)
+TO_FOUR = Penalty("l0", weight=0.1, target=4.0)
 
 GATES: dict[str, MoltRun] = {
     "BatchTopK 4": BASE,
