@@ -26,7 +26,8 @@ train: $(VENV)/.installed
 	$(BIN)/python training/train_cayley.py $(RUN)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gemma and not gpu and not network and not browser"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+		-m "not slow and not gemma and not gpu and not network and not browser"
 
 # A MOLT on the packaged Gemma 3 270M; further arguments: make molt RUN="--kind skip-transcoder --gate topk:32"
 $(VENV)/.installed-gemma: $(VENV)/.installed
@@ -67,6 +68,7 @@ bench: $(VENV)/.installed-dev $(VENV)/.installed-gemma
 	$(BIN)/python -m tests.benchmarks.bench_training
 	$(BIN)/python -m tests.benchmarks.bench_molt
 	$(BIN)/python -m tests.benchmarks.bench_activations
+	$(BIN)/python -m tests.benchmarks.bench_jacobian
 
 clean:
 	rm -rf $(VENV) $(TL4) .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,10 @@
 """Shapes annotated with jaxtyping are checked at run time, in tests only; hypothesis runs without time limits."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and its children: threads that share one spin
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
