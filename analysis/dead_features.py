@@ -1,34 +1,34 @@
-"""Dead, zombie and dense features: one definition each, over the tokens an ActivityCounter has seen."""
+"""Dead, zombie and dense features: one definition each, over the tokens that a UnitCounter has seen."""
 
 from dataclasses import dataclass
 
 from jaxtyping import Bool
 from torch import Tensor
 
-from analysis.sparsity import ActivityCounter
+from analysis.units import UnitCounter
 
 ZOMBIE_SHARE = 0.01
 DENSE_FREQUENCY = 0.1
 
 
-def dead(counter: ActivityCounter, level: int) -> Bool[Tensor, " size"]:
-    """Features never active."""
-    return counter.active[level] == 0
+def dead(counter: UnitCounter) -> Bool[Tensor, " unit"]:
+    """Units never open."""
+    return counter.opened == 0
 
 
-def zombie(counter: ActivityCounter, level: int) -> Bool[Tensor, " size"]:
-    """Features that are selected, yet write under 1 % of what the level's median selected feature writes.
+def zombie(counter: UnitCounter) -> Bool[Tensor, " unit"]:
+    """Units that are selected, yet write under 1 % of what the median selected unit writes.
 
-    Compared are mean contributions per selection; the median is over features selected at least once. One that is
-    selected only ever with value 0 is a zombie and dead.
+    Compared are mean contributions per selection, in the norm of what is written; the median is over units selected at
+    least once. One that is selected only ever with act 0 is a zombie and dead; dense acts have no such selections.
     """
-    contribution = counter.mean_contribution(level)
+    contribution = counter.mean_contribution()
     return contribution < ZOMBIE_SHARE * contribution.nanmedian()  # nan, never selected, compares as False
 
 
-def dense(counter: ActivityCounter, level: int) -> Bool[Tensor, " size"]:
-    """Features active at over 10 % of tokens."""
-    return counter.frequency(level) > DENSE_FREQUENCY
+def dense(counter: UnitCounter) -> Bool[Tensor, " unit"]:
+    """Units open at over 10 % of tokens."""
+    return counter.frequency() > DENSE_FREQUENCY
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class LevelSummary:
     median_frequency: float
 
 
-def summarise(counter: ActivityCounter, level: int) -> LevelSummary:
+def summarise(counter: UnitCounter) -> LevelSummary:
     return LevelSummary(
-        n_features=counter.level_sizes[level],
-        l0=counter.l0(level),
-        dead=int(dead(counter, level).sum()),
-        zombie=int(zombie(counter, level).sum()),
-        dense=int(dense(counter, level).sum()),
-        median_frequency=counter.frequency(level).median().item(),
+        n_features=len(counter.ranks),
+        l0=counter.l0(),
+        dead=int(dead(counter).sum()),
+        zombie=int(zombie(counter).sum()),
+        dense=int(dense(counter).sum()),
+        median_frequency=counter.frequency().median().item(),
     )

@@ -12,21 +12,13 @@ from torch import Tensor
 from analysis.dead_features import LevelSummary, summarise
 from analysis.features import FeatureContexts, Progress, collect_features
 from analysis.ngram import NgramBaselines
-from analysis.sparsity import ActivityCounter
+from analysis.sparsity import FrequencyHistogram, frequency_histogram
 from analysis.tokens import token_strings
 from cayley_interp import CayleyGPT
 from cayley_interp.losses import window_losses
 
 PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 120
-
-
-@dataclass(frozen=True)
-class FrequencyHistogram:
-    """Active features of one layer and level by log10 frequency; features that are dead are in no bin."""
-
-    edges: list[float]
-    counts: list[int]
 
 
 @dataclass(frozen=True)
@@ -113,21 +105,12 @@ def evaluate_run(
         unigram_loss=unigram,
         bigram_loss=bigram,
         val_tokens=losses.numel(),
-        levels=[[summarise(c, level) for level in range(len(c.level_sizes))] for c in counters],
-        histograms=[[frequency_histogram(c, level) for level in range(len(c.level_sizes))] for c in counters],
+        levels=[[summarise(counter) for counter in layer] for layer in counters],
+        histograms=[[frequency_histogram(counter) for counter in layer] for layer in counters],
         features=features,
         sample=sample,
         token_strings=token_strings(tokenizer, config.d_vocab),
     )
-
-
-def frequency_histogram(counter: ActivityCounter, level: int) -> FrequencyHistogram:
-    """Quarter-decade bins down to one activation in all tokens."""
-    lowest = int(np.floor(-np.log10(counter.tokens)))
-    edges = np.linspace(lowest, 0, -4 * lowest + 1) if lowest < 0 else np.array([-1.0, 0.0])
-    frequency = counter.frequency(level).numpy()
-    counts, _ = np.histogram(np.log10(frequency[frequency > 0]), bins=edges)
-    return FrequencyHistogram(edges.tolist(), counts.tolist())
 
 
 def sample_text(model: CayleyGPT, val_windows: Int64[Tensor, "n pos_plus_1"], seed: int) -> Sample:

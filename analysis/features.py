@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from analysis.dead_features import DENSE_FREQUENCY, zombie
-from analysis.sparsity import ActivityCounter
+from analysis.units import UnitCounter
 from cayley_interp import CayleyGPT, LevelCodes
 
 Progress = Callable[[str, float], None]
@@ -38,8 +38,8 @@ class FeatureContexts:
 
 @dataclass(frozen=True)
 class FeatureReport:
-    counters: list[ActivityCounter]
-    """One per layer."""
+    counters: list[list[UnitCounter]]
+    """[layer][level]."""
     features: list[FeatureContexts]
 
 
@@ -71,10 +71,11 @@ def collect_features(
         raise ValueError("this CayleyGPT has levels=None, so it has no features to collect")
     if len(windows) == 0:
         raise ValueError("no windows to count features on: give at least one")
-    counters = [ActivityCounter([1 << level.n for level in sae.levels]) for sae in model.bottlenecks()]
+    counters = [[UnitCounter([1] * 2**level.n) for level in sae.levels] for sae in model.bottlenecks()]
     for _, codes in _codes(model, windows, batch_size, "counting features", progress):
-        for counter, layer in zip(counters, codes, strict=True):
-            counter.add(layer)
+        for counters_of_layer, codes_of_layer in zip(counters, codes, strict=True):
+            for counter, level in zip(counters_of_layer, codes_of_layer, strict=True):
+                counter.add_codes(*level)
     chosen = choose_features(counters, n_features, n_contexts, seed)
     values = torch.zeros(len(chosen), *windows.shape)
     for rows, codes in _codes(model, windows, batch_size, "collecting contexts", progress):
@@ -83,18 +84,20 @@ def collect_features(
             values[i, rows] = torch.where(code.indices == index, code.values, 0).sum(-1).float().cpu()
     features = [
         FeatureContexts(
-            *feature,
-            frequency=counters[feature[0]].frequency(feature[1])[feature[2]].item(),
-            max_value=counters[feature[0]].max_value[feature[1]][feature[2]].item(),
+            layer,
+            level,
+            index,
+            frequency=counters[layer][level].frequency()[index].item(),
+            max_value=counters[layer][level].max_act[index].item(),
             contexts=top_contexts(windows, values[i], n_contexts, context),
         )
-        for i, feature in enumerate(chosen)
+        for i, (layer, level, index) in enumerate(chosen)
     ]
     return FeatureReport(counters, features)
 
 
 def choose_features(
-    counters: list[ActivityCounter], n_features: int, min_active: int, seed: int
+    counters: list[list[UnitCounter]], n_features: int, min_active: int, seed: int
 ) -> list[tuple[int, int, int]]:
     """(layer, level, index) of up to `n_features` features, spread over layers, alternating between levels.
 
@@ -105,12 +108,12 @@ def choose_features(
     chosen: set[tuple[int, int, int]] = set()
     for i in range(n_features):
         layer = i * len(counters) // n_features
-        counter = counters[layer]
-        level = i % len(counter.level_sizes)
-        free = counter.active[level] > 0
+        level = i % len(counters[layer])
+        counter = counters[layer][level]
+        free = counter.opened > 0
         free[[index for *cell, index in chosen if cell == [layer, level]]] = False
-        moderate = (counter.active[level] >= min_active) & (counter.frequency(level) <= DENSE_FREQUENCY)
-        eligible = free & moderate & ~zombie(counter, level)
+        moderate = (counter.opened >= min_active) & (counter.frequency() <= DENSE_FREQUENCY)
+        eligible = free & moderate & ~zombie(counter)
         indices = (eligible if eligible.any() else free).nonzero().flatten()
         if len(indices):
             pick = torch.randint(len(indices), (1,), generator=generator)

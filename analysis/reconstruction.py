@@ -9,6 +9,15 @@ Two conventions are public, and they differ by what a dimension of large varianc
     nmse  mean over dimensions of MSE_d / Var_d: each dimension counts alike;
     fvu   sum of MSE_d / sum of Var_d, one global variance: large dimensions decide. Explained variance is 1 - fvu.
 The perfect reconstruction has 0, the mean of y over the same tokens has 1 in both.
+
+SAELens 6.54's `mse` is `mse().sum()` here, its `explained_variance` is `explained_variance()` and its `cossim`
+`cosine()`, where these are right. They are not where (each is pinned by a test)
+    y is far from 0           its variance is a difference of sums in float32: with a mean of 1,000 deviations explained
+                              variance is off by 0.01, with one of 10,000 it is noise;
+    y does not vary           its explained variance is 1 or 0, here it is refused;
+    a reconstruction is 0     its mean cosine is nan, here that token has cosine 0;
+    the map is a transcoder   it is compared with its own input, since `run_evals` knows of no output hook.
+Its `explained_variance_legacy`, the mean of a ratio a token, changes with the batch size and has no counterpart.
 """
 
 import torch
@@ -20,7 +29,11 @@ CONSTANT = 1e-12
 
 
 class ReconstructionMeter:
-    """Sums over tokens of y, y^2, squared errors and cosines, kept on the CPU."""
+    """Sums over tokens of y, y^2, squared errors and cosines, kept on the CPU.
+
+    Attributes:
+        tokens: tokens seen; the figures need 2 or more and raise ValueError below that.
+    """
 
     def __init__(self, d: int):
         self.tokens = 0
@@ -29,7 +42,22 @@ class ReconstructionMeter:
         self.cosines = 0.0
 
     def add(self, y: Float[Tensor, "*batch d"], recons: Float[Tensor, "*batch d"]) -> None:
+        """Count the tokens of a batch.
+
+        Raises:
+            ValueError: shapes that differ from each other or from the meter's d, or numbers that are not finite.
+        """
+        if y.shape != recons.shape or y.shape[-1] != len(self.sum):
+            raise ValueError(
+                f"expected y and its reconstruction to have the same shape [..., {len(self.sum)}], got "
+                f"{tuple(y.shape)} and {tuple(recons.shape)}: a map is measured against its own target"
+            )
         y, recons = (t.detach().reshape(-1, t.shape[-1]).double().cpu() for t in (y, recons))
+        for name, t in (("y", y), ("the reconstruction", recons)):
+            if not t.isfinite().all():
+                raise ValueError(f"{name} has numbers that are not finite at {(~t.isfinite()).any(-1).sum()} tokens")
+        if not len(y):
+            return
         if self.shift is None:
             self.shift = y[0].clone()  # variances of dimensions far from 0 stay exact
         centred = y - self.shift
@@ -45,24 +73,33 @@ class ReconstructionMeter:
         return (self.squares / self.tokens - (self.sum / self.tokens).square()).clamp_min(0)
 
     def mse(self) -> Float[Tensor, " d"]:
+        """Mean squared error of each dimension."""
         self._check()
         return self.errors / self.tokens
 
     def nmse(self) -> float:
-        variance = self.variance()
+        """Mean over dimensions of MSE_d / Var_d, the per-dimension standardised error that maps are trained on."""
+        variance = self._varying()
         varies = variance > CONSTANT * variance.median()
         return (self.mse()[varies] / variance[varies]).mean().item()
 
     def fvu(self) -> float:
-        return (self.mse().sum() / self.variance().sum()).item()
+        """Fraction of variance unexplained: sum of MSE_d / sum of Var_d."""
+        return (self.mse().sum() / self._varying().sum()).item()
 
     def explained_variance(self) -> float:
         return 1 - self.fvu()
 
     def cosine(self) -> float:
-        """Mean over tokens of the cosine between y and its reconstruction."""
+        """Mean over tokens of the cosine between y and its reconstruction; 0 where either is 0."""
         self._check()
         return self.cosines / self.tokens
+
+    def _varying(self) -> Float[Tensor, " d"]:
+        variance = self.variance()
+        if not variance.any():
+            raise ValueError(f"y is the same at all {self.tokens} tokens: there is no variance to explain")
+        return variance
 
     def _check(self) -> None:
         if self.tokens < 2:

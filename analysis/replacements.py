@@ -9,7 +9,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from analysis.behaviour import Behaviour, measure_behaviour
+from analysis.dead_features import dense, zombie
 from analysis.reconstruction import ReconstructionMeter
+from analysis.sparsity import active_parameters, bits_per_token
 from analysis.units import UnitCounter
 from molt_lens import Replacement
 from molt_lens.hosts import Host, Site
@@ -30,15 +32,20 @@ class Fit:
 class ReplacementEvaluation:
     """All on held-out tokens.
 
-    L0 and active rank are means over tokens; `alive`, the share of units that opened at least once; `by_rank`, units,
-    L0, frequencies and share alive of each rank; `floors`, the mean predictor and the ridge map.
+    L0, active rank, active parameters and bits are means over tokens; `alive`, the share of units that opened at least
+    once; `zombie` and `dense`, numbers of units (dead_features.py); `by_rank`, units, L0, frequencies and share alive
+    of each rank; `floors`, the mean predictor and the ridge map.
     """
 
     tokens: int
     fit: Fit
     l0: float
     active_rank: float
+    active_parameters: float
+    bits_per_token: float
     alive: float
+    zombie: int
+    dense: int
     max_frequency: float
     by_rank: dict[int, dict[str, int | float]]
     frequencies: list[float]
@@ -73,7 +80,7 @@ def evaluate_replacement(
         progress: what is going on, and the share of it that is done.
     """
     replacement.eval()
-    counter = UnitCounter(replacement.map.ranks)
+    counter = UnitCounter(replacement.map.ranks, replacement.map.norms())
     progress("reconstruction", 0.0)
     fit = measure_fit(replacement, x, y, counter)
     other = {name: measure_fit(floor, x, y) for name, floor in floors.items()}
@@ -91,7 +98,11 @@ def evaluate_replacement(
         fit=fit,
         l0=counter.l0(),
         active_rank=counter.active_rank(),
+        active_parameters=active_parameters(replacement.map, counter),
+        bits_per_token=bits_per_token(counter),
         alive=counter.alive(),
+        zombie=int(zombie(counter).sum()),
+        dense=int(dense(counter).sum()),
         max_frequency=counter.max_frequency(),
         by_rank=counter.by_rank(),
         frequencies=counter.frequency().tolist(),

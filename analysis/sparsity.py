@@ -1,77 +1,76 @@
-"""Streaming counts of which features fire, how often and how strongly: what every sparsity figure is computed from."""
+"""What the counts of units say of sparsity: histogram of frequencies, active parameters, bits per token.
 
+L0, active rank and frequencies are the counter's own (units.py).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cayley_interp import LevelCodes
+from analysis.units import UnitCounter
+from molt_lens import Molt, SparseMap
+
+BINS_PER_DECADE = 4
 
 
-class ActivityCounter:
-    """Counts over the codes of one layer, per level and feature; on the CPU, in int64 and float64.
+@dataclass(frozen=True)
+class FrequencyHistogram:
+    """Units by log10 of their frequency; those that are dead are in no bin."""
 
-    A feature is *selected* at a token when its index is listed there, *active* when its value is also not 0. Atoms have
-    unit norm, so |value| is the norm of what the feature writes: its contribution.
+    edges: list[float]
+    counts: list[int]
 
-        counter = ActivityCounter([1 << level.n for level in sae.levels])
-        counter.add(sae.encode(x))
-        counter.l0(0), counter.frequency(1)
 
-    Attributes, the lists with one entry per level:
-        tokens: tokens seen.
-        selected, active: times each feature was selected, active; int64 [size].
-        contribution: sum of |value| over selections; float64 [size].
-        max_value: largest |value|; float64 [size], 0 where never active.
+def frequency_histogram(counter: UnitCounter) -> FrequencyHistogram:
+    """Quarter-decade bins from below one opening in all tokens up to 1."""
+    frequency = counter.frequency().numpy()
+    lowest = min(int(np.floor(-np.log10(counter.tokens))), -1)
+    edges = np.linspace(lowest, 0, -BINS_PER_DECADE * lowest + 1)
+    counts, _ = np.histogram(np.log10(frequency[frequency > 0]), bins=edges)
+    return FrequencyHistogram(edges.tolist(), counts.tolist())
+
+
+def active_parameters(map: SparseMap, counter: UnitCounter) -> float:
+    """Mean number of parameters that a token touches: all but those of closed units.
+
+    Every detector, the gate's own parameters, b_dec, a skip connection and the hidden layer of a mixture of decoders
+    are touched at every token. What an open unit adds is its own: rank * (d_in + d_out) of a transform, d_out of a
+    transcoder's feature and of an expert's diagonal. The detectors of a transcoder are thus most of what it touches.
+
+    Raises:
+        ValueError: a counter of another number of units than the map's.
     """
+    if len(counter.ranks) != map.n_units:
+        raise ValueError(f"a counter of {len(counter.ranks)} units for a map of {map.n_units}: give it its own map's")
+    each = counter.ranks * (map.d_in + map.d_out) if isinstance(map, Molt) else torch.full((map.n_units,), map.d_out)
+    closed = (each * (1 - counter.frequency())).sum().item()
+    return sum(parameter.numel() for parameter in map.parameters()) - closed
 
-    def __init__(self, level_sizes: list[int]):
-        self.level_sizes = list(level_sizes)
-        self.tokens = 0
-        self.selected = [torch.zeros(size, dtype=torch.int64) for size in level_sizes]
-        self.active = [torch.zeros(size, dtype=torch.int64) for size in level_sizes]
-        self.contribution = [torch.zeros(size, dtype=torch.float64) for size in level_sizes]
-        self.max_value = [torch.zeros(size, dtype=torch.float64) for size in level_sizes]
 
-    def add(self, codes: tuple[LevelCodes, ...]) -> None:
-        """Count the codes of one layer, one (indices, values) of shape [*batch, k] per level.
+def bits_per_token(counter: UnitCounter, value_bits: int = 8) -> float:
+    """Description length of a token's acts, in bits: which units are open, and `value_bits` for the act of each.
 
-        Raises:
-            ValueError: another number of levels than the counter has, or levels that disagree on the tokens.
-            IndexError: an index outside its level.
-        """
-        tokens = {level.indices.shape[:-1].numel() for level in codes}
-        if len(codes) != len(self.level_sizes) or len(tokens) != 1:
-            raise ValueError(
-                f"expected the codes of {len(self.level_sizes)} levels over the same tokens, got {len(codes)} levels "
-                f"over {sorted(tokens)} tokens: make one counter per layer and give it that layer's codes"
-            )
-        flat = [(level.indices.flatten().cpu(), level.values.detach().flatten().cpu()) for level in codes]
-        for i, (indices, _) in enumerate(flat):  # all checked before any is counted
-            if indices.numel() and not 0 <= indices.min() <= indices.max() < self.level_sizes[i]:
-                raise IndexError(
-                    f"level {i} has features 0 to {self.level_sizes[i] - 1}, got {indices.min()}..{indices.max()}"
-                )
-        self.tokens += tokens.pop()
-        for i, (indices, values) in enumerate(flat):
-            size, magnitude = self.level_sizes[i], values.double().abs()
-            self.selected[i] += torch.bincount(indices, minlength=size)
-            self.active[i] += torch.bincount(indices[values != 0], minlength=size)
-            self.contribution[i] += torch.bincount(indices, weights=magnitude, minlength=size)
-            self.max_value[i].scatter_reduce_(0, indices, magnitude, "amax")
+    Which are open costs sum_u H(p_u), H the entropy in bits of a yes or no and p_u the frequency of unit u: the code
+    for independent units of these frequencies. Units that are never or always open cost nothing; of all frequencies
+    with the same L0, equal ones cost most, n_units * H(L0 / n_units). The act of an open unit costs `value_bits`, sign
+    included: 2^value_bits equally dear steps between the unit's extremes.
 
-    def l0(self, level: int) -> float:
-        """Mean number of nonzero values per token. Every feature writes one direction, so active rank <= L0."""
-        return int(self.active[level].sum()) / self._seen()
+    It bounds from above what Ayonrinde, Pearce and Sharkey (2024, arXiv 2410.11179, MDL-SAE) minimise, the sum of the
+    entropies of the quantised acts; the code book (the weights) and the error that is left are not in it. A transform
+    of a MOLT reads x besides its act, so its bits say how the map is chosen, not what it would take to send y.
 
-    def frequency(self, level: int) -> Float[Tensor, " size"]:
-        """Share of tokens at which each feature is active."""
-        return self.active[level].double() / self._seen()
+    Raises:
+        ValueError: value_bits below 0.
+    """
+    if value_bits < 0:
+        raise ValueError(f"value_bits = {value_bits}: expected 0 (which units are open, alone) or more")
+    return _binary_entropy(counter.frequency()).sum().item() + value_bits * counter.l0()
 
-    def mean_contribution(self, level: int) -> Float[Tensor, " size"]:
-        """Mean |value| of each feature over its selections; nan where it was never selected."""
-        return self.contribution[level] / self.selected[level]
 
-    def _seen(self) -> int:
-        if self.tokens == 0:
-            raise ValueError("no tokens have been counted yet: call add(codes) first")
-        return self.tokens
+def _binary_entropy(p: Float[Tensor, " unit"]) -> Float[Tensor, " unit"]:
+    """In bits; torch.special.entr has 0 at 0."""
+    return (torch.special.entr(p) + torch.special.entr(1 - p)) / math.log(2)

@@ -1,16 +1,16 @@
 """Features and their contexts, the display of tokens, and the evaluation as a whole."""
 
 import json
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 
-from analysis.evaluate import evaluate_run, frequency_histogram
+from analysis.evaluate import evaluate_run
 from analysis.features import choose_features, collect_features, top_contexts
-from analysis.sparsity import ActivityCounter
 from analysis.tokens import token_strings, visible
-from cayley_interp import LevelCodes
+from analysis.units import UnitCounter
 from cayley_interp.losses import window_losses
 from tests.analysis.fabricated import HOSTILE, SPECIAL, evaluate, make_model, make_tokenizer, make_windows
 
@@ -20,9 +20,9 @@ LEVELS = "4,2,0;7,4,8"
 def test_counts_and_contexts_do_not_depend_on_the_batch_size():
     model, windows = make_model(LEVELS).eval(), make_windows()[:, :-1]
     a, b = (collect_features(model, windows, batch_size=size, seed=1) for size in (5, 12))
-    for x, y in zip(a.counters, b.counters, strict=True):
+    for x, y in zip(chain(*a.counters), chain(*b.counters), strict=True):
         assert x.tokens == y.tokens == windows.numel()
-        assert all(p.equal(q) for p, q in zip(x.active, y.active, strict=True))
+        assert x.opened.equal(y.opened)
     assert [(f.layer, f.level, f.index) for f in a.features] == [(f.layer, f.level, f.index) for f in b.features]
 
 
@@ -57,31 +57,16 @@ def test_top_contexts_are_cut_at_the_ends_of_a_window():
 
 
 def test_features_shown_are_neither_dense_nor_rare_where_there_is_a_choice():
-    counter = ActivityCounter([3])
+    counter = UnitCounter([1] * 3)
     for token in range(100):
-        fires = [True, token < 5, token < 1]
-        indices = [i for i in range(3) if fires[i]]
-        counter.add((LevelCodes(torch.tensor([indices]), torch.ones(1, len(indices))),))
-    assert choose_features([counter], 1, min_active=4, seed=0) == [(0, 0, 1)]
-    assert len(choose_features([counter], 9, min_active=4, seed=0)) == 3
+        counter.add(torch.tensor([[1.0, token < 5, token < 1]]))
+    assert choose_features([[counter]], 1, min_active=4, seed=0) == [(0, 0, 1)]
+    assert len(choose_features([[counter]], 9, min_active=4, seed=0)) == 3
 
 
 def test_a_vanilla_model_has_no_features_to_collect():
     with pytest.raises(ValueError, match="levels=None"):
         collect_features(make_model(None), make_windows(), batch_size=4)
-
-
-def test_histogram_holds_every_feature_that_is_not_dead():
-    counter = ActivityCounter([4])
-    for token in range(1000):
-        indices = [0] + [1] * (token < 10) + [2] * (token < 1)
-        counter.add((LevelCodes(torch.tensor([indices]), torch.ones(1, len(indices))),))
-    histogram = frequency_histogram(counter, 0)
-    assert sum(histogram.counts) == 3
-    assert histogram.counts[-1] == 1  # always on
-    assert histogram.counts[0] == 1  # once in 1000
-    assert histogram.edges[0] == -3
-    assert histogram.edges[-1] == 0
 
 
 def test_evaluation_is_consistent_and_json():

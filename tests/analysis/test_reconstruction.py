@@ -76,6 +76,53 @@ def test_a_constant_dimension_is_left_out_of_nmse():
     assert with_constant.nmse() == pytest.approx(measured(y, recons).nmse(), rel=1e-12)
 
 
+@given(scale=st.floats(-2, 3), offset=st.floats(-5, 5))
+def test_a_scaled_target_and_a_shifted_one(scale, offset):
+    """(1 - s)^2 for y about its mean scaled by s; 1 + offset^2 for the mean moved by so many deviations."""
+    y, _ = data()
+    centred, deviation = y - y.mean(0), y.std(0, correction=0)
+    scaled = measured(y, y.mean(0) + scale * centred)
+    assert scaled.nmse() == pytest.approx((1 - scale) ** 2, rel=1e-6, abs=1e-9)
+    assert scaled.fvu() == pytest.approx((1 - scale) ** 2, rel=1e-6, abs=1e-9)
+    shifted = measured(y, (y.mean(0) + offset * deviation).expand_as(y))
+    assert shifted.nmse() == pytest.approx(1 + offset**2, rel=1e-6)
+    assert shifted.explained_variance() == pytest.approx(-(offset**2), rel=1e-6, abs=1e-6)
+
+
+def test_cosine_knows_direction_alone():
+    y, _ = data()
+    assert measured(y, 3 * y).cosine() == pytest.approx(1)
+    assert measured(y, -0.1 * y).cosine() == pytest.approx(-1)
+    assert measured(y, torch.zeros_like(y)).cosine() == 0
+
+
+def test_reconstructions_of_other_tokens_are_worse_than_the_mean():
+    y, _ = data(n=4000)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    assert measured(y, y[order]).nmse() == pytest.approx(2, rel=0.1)
+
+
+def test_what_cannot_be_measured_is_refused_and_changes_nothing():
+    y, recons = data()
+    meter = measured(y, recons)
+    before = (meter.tokens, meter.nmse(), meter.fvu(), meter.cosine())
+    with pytest.raises(ValueError, match="not finite at 2 tokens"):
+        meter.add(y, torch.where(torch.arange(len(y))[:, None] < 2, torch.nan, recons))
+    with pytest.raises(ValueError, match="not finite"):
+        meter.add(y / 0, recons)
+    with pytest.raises(ValueError, match=r"same shape \[..., 6\], got \(400, 5\)"):
+        meter.add(y[:, :5], recons[:, :5])
+    meter.add(y[:0], recons[:0])
+    assert (meter.tokens, meter.nmse(), meter.fvu(), meter.cosine()) == before
+
+
+def test_a_target_that_never_varies_has_nothing_to_explain():
+    y = torch.ones(5, 6, dtype=torch.float64)
+    for figure in ("nmse", "fvu", "explained_variance"):
+        with pytest.raises(ValueError, match="no variance to explain"):
+            getattr(measured(y, y), figure)()
+
+
 def test_one_token_has_no_variance():
     y, recons = data(n=1)
     with pytest.raises(ValueError, match="2 or more"):

@@ -1,4 +1,4 @@
-"""Counts of activity and the definitions built on them, on codes small enough to count by hand."""
+"""Histogram of frequencies, active parameters against gradients, bits per token against coding by hand."""
 
 import math
 
@@ -7,102 +7,73 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.dead_features import dead, dense, summarise, zombie
-from analysis.sparsity import ActivityCounter
-from cayley_interp import CayleySAE, CayleySAEConfig, LevelCodes
+from analysis.sparsity import active_parameters, bits_per_token, frequency_histogram
+from analysis.units import UnitCounter
+from molt_lens import matched_map
 
 
-def one_level(indices: list[list[int]], values: list[list[float]]) -> tuple[LevelCodes]:
-    return (LevelCodes(torch.tensor(indices), torch.tensor(values)),)
+def counted(acts: torch.Tensor) -> UnitCounter:
+    counter = UnitCounter([1] * acts.shape[1])
+    counter.add(acts)
+    return counter
 
 
-def random_codes(n_tokens: int, sizes: list[int], k: int, seed: int) -> tuple[LevelCodes, ...]:
+def test_histogram_holds_every_unit_that_is_not_dead():
+    tokens = torch.arange(1000)
+    histogram = frequency_histogram(counted(torch.stack([tokens >= 0, tokens < 10, tokens < 1, tokens < 0], 1).float()))
+    assert sum(histogram.counts) == 3
+    assert histogram.counts[-1] == 1  # always open
+    assert histogram.counts[0] == 1  # once in 1000
+    assert histogram.edges[0] == -3
+    assert histogram.edges[-1] == 0
+
+
+@pytest.mark.parametrize("kind", ["molt", "molt-skip", "transcoder", "skip-transcoder", "mxd", "linear"])
+def test_active_parameters_of_a_token_are_all_but_those_without_a_gradient(kind):
+    """Reference: at one token, of what belongs to a single unit the open ones have a gradient that is not 0."""
+    torch.manual_seed(0)
+    sparse_map = matched_map(kind, 12, 10, n=1, gate="topk:3")
+    x = torch.randn(1, 12)
+    acts = sparse_map.encode(x)
+    counter = UnitCounter(sparse_map.ranks)
+    counter.add(acts)
+    sparse_map.decode(acts, x).square().sum().backward()
+    owned = {"molt": ("U", "V"), "transcoder": ("W_dec",), "mxd": ("C",), "linear": ()}[sparse_map.kind]
+    expected = sum(
+        int((p.grad != 0).sum()) if name in owned and p.grad is not None else p.numel()
+        for name, p in sparse_map.named_parameters()
+    )
+    assert active_parameters(sparse_map, counter) == expected
+
+
+def test_active_parameters_of_every_unit_open_are_all_parameters():
+    sparse_map = matched_map("molt", 8, 8, n=1, gate="relu")
+    counter = UnitCounter(sparse_map.ranks)
+    counter.add(torch.ones(4, sparse_map.n_units))
+    assert active_parameters(sparse_map, counter) == sum(p.numel() for p in sparse_map.parameters())
+    with pytest.raises(ValueError, match="counter of 2 units"):
+        active_parameters(sparse_map, counted(torch.ones(3, 2)))
+
+
+def test_bits_by_hand():
+    """One unit open at a quarter of the tokens, one at half, one always, one never."""
+    acts = torch.tensor([[1.0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 0]])
+    which = 0.25 * math.log2(4) + 0.75 * math.log2(4 / 3) + 1
+    assert bits_per_token(counted(acts), value_bits=0) == pytest.approx(which, rel=1e-12)
+    assert bits_per_token(counted(acts), value_bits=8) == pytest.approx(which + 1.75 * 8, rel=1e-12)
+    with pytest.raises(ValueError, match="value_bits = -1"):
+        bits_per_token(counted(acts), value_bits=-1)
+
+
+@given(seed=st.integers(0, 2**32 - 1), share=st.floats(0.01, 0.99), value_bits=st.integers(0, 16))
+def test_bits_are_at_most_those_of_equal_frequencies_and_know_neither_order_nor_scale(seed, share, value_bits):
     generator = torch.Generator().manual_seed(seed)
-    codes = []
-    for size in sizes:
-        indices = torch.rand(n_tokens, size, generator=generator).argsort(-1)[:, :k]
-        values = torch.randn(n_tokens, k, generator=generator)
-        codes.append(LevelCodes(indices, values * (torch.rand(n_tokens, k, generator=generator) < 0.7)))
-    return tuple(codes)
-
-
-def test_counts_by_hand():
-    counter = ActivityCounter([4])
-    counter.add(one_level([[0, 1], [0, 2]], [[1.0, 0.0], [3.0, -2.0]]))
-    assert counter.tokens == 2
-    assert counter.selected[0].tolist() == [2, 1, 1, 0]
-    assert counter.active[0].tolist() == [2, 0, 1, 0]
-    assert counter.contribution[0].tolist() == [4.0, 0.0, 2.0, 0.0]
-    assert counter.max_value[0].tolist() == [3.0, 0.0, 2.0, 0.0]
-    assert counter.l0(0) == 1.5
-    assert counter.frequency(0).tolist() == [1.0, 0.0, 0.5, 0.0]
-    assert counter.mean_contribution(0)[:3].tolist() == [2.0, 0.0, 2.0]
-    assert math.isnan(counter.mean_contribution(0)[3])
-
-
-@given(cuts=st.lists(st.integers(0, 40), max_size=6), seed=st.integers(0, 2**32 - 1), shuffle=st.booleans())
-def test_counts_do_not_depend_on_the_batches(cuts: list[int], seed: int, shuffle: bool):
-    codes = random_codes(40, [8, 32], 3, seed)
-    whole, parts = ActivityCounter([8, 32]), ActivityCounter([8, 32])
-    whole.add(codes)
-    order = torch.randperm(40) if shuffle else torch.arange(40)
-    for start, stop in zip([0, *sorted(cuts)], [*sorted(cuts), 40], strict=True):
-        rows = order[start:stop]
-        parts.add(tuple(LevelCodes(c.indices[rows], c.values[rows]) for c in codes))
-    assert parts.tokens == whole.tokens
-    for level in range(2):
-        assert parts.selected[level].equal(whole.selected[level])
-        assert parts.active[level].equal(whole.active[level])
-        assert parts.max_value[level].equal(whole.max_value[level])
-        torch.testing.assert_close(parts.contribution[level], whole.contribution[level], rtol=1e-14, atol=0)
-        assert parts.l0(level) == whole.l0(level)
-        assert parts.frequency(level).equal(whole.frequency(level))
-
-
-def test_contribution_is_the_norm_of_what_is_written():
-    sae = CayleySAE(CayleySAEConfig(d_model=16, levels="4,1,0")).eval()
-    codes = sae.encode(torch.randn(5, 16))
-    counter = ActivityCounter([16])
-    counter.add(codes)
-    assert counter.contribution[0].sum().item() == pytest.approx(sae.decode(codes).norm(dim=-1).sum().item(), rel=1e-5)
-
-
-def test_batch_dimensions_are_flattened():
-    counter = ActivityCounter([4])
-    counter.add((LevelCodes(torch.zeros(2, 3, 1, dtype=torch.int64), torch.ones(2, 3, 1)),))
-    assert counter.tokens == 6
-    assert counter.active[0].tolist() == [6, 0, 0, 0]
-
-
-def test_bad_codes_are_refused_and_not_counted():
-    counter = ActivityCounter([4])
-    with pytest.raises(IndexError, match=r"level 0 has features 0 to 3, got 1\.\.4"):
-        counter.add(one_level([[1, 4]], [[1.0, 1.0]]))
-    with pytest.raises(ValueError, match="codes of 1 levels"):
-        counter.add((*one_level([[0]], [[1.0]]), *one_level([[0]], [[1.0]])))
-    assert counter.tokens == 0
-    with pytest.raises(ValueError, match="no tokens have been counted"):
-        counter.l0(0)
-
-
-def test_dead_zombie_dense_by_construction():
-    """Of 100 tokens, 0 fires at all, 1 at ten, 2 at eleven; 3 always writes next to nothing, 4 always exactly 0."""
-    counter = ActivityCounter([6])
-    for token in range(100):
-        chosen = [(0, 1.0), (3, 0.001), (4, 0.0), (1, float(token < 10)), (2, float(token < 11))]
-        chosen = [(i, value) for i, value in chosen if i in (0, 3, 4) or value]
-        counter.add(one_level([[i for i, _ in chosen]], [[value for _, value in chosen]]))
-    assert dead(counter, 0).tolist() == [False, False, False, False, True, True]
-    assert zombie(counter, 0).tolist() == [False, False, False, True, True, False]
-    assert dense(counter, 0).tolist() == [True, False, True, True, False, False]
-    summary = summarise(counter, 0)
-    assert (summary.n_features, summary.dead, summary.zombie, summary.dense) == (6, 2, 2, 3)
-    assert summary.l0 == pytest.approx(2.21)
-    assert summary.median_frequency == pytest.approx(0.1)  # the lower of the two middle ones
-
-
-def test_a_level_that_selected_nothing_has_no_zombies():
-    counter = ActivityCounter([4])
-    counter.add((LevelCodes(torch.zeros(3, 0, dtype=torch.int64), torch.zeros(3, 0)),))
-    assert not zombie(counter, 0).any()
-    assert dead(counter, 0).all()
+    rates = share * torch.rand(12, generator=generator)
+    acts = (torch.rand(50, 12, generator=generator) < rates).float()
+    counter = counted(acts)
+    bits, l0 = bits_per_token(counter, value_bits), counter.l0()
+    p = l0 / 12
+    entropy = -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
+    assert value_bits * l0 - 1e-9 <= bits <= 12 * entropy + value_bits * l0 + 1e-9
+    shuffled = acts[torch.randperm(50, generator=generator)]
+    assert bits_per_token(counted(shuffled * 3), value_bits) == bits
