@@ -39,6 +39,16 @@ class RunFiles:
 
 def write_page(run: RunFiles, template: str, kind: str, **content: Any) -> Path:
     """Render `RUN/report.html`; every string in `content` is escaped."""
+    path = run.run_dir / "report.html"
+    config, environment = flatten(run.config), flatten(run.environment)
+    write_atomically(
+        path, render(template, name=run.name, kind=kind, config=config, environment=environment, **content)
+    )
+    return path
+
+
+def render(template: str, **content: Any) -> bytes:
+    """A page from a template that extends base.html.j2; every string in `content` is escaped."""
     import jinja2
     from plotly.offline import get_plotlyjs
 
@@ -49,17 +59,8 @@ def write_page(run: RunFiles, template: str, kind: str, **content: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = jinja.get_template(template).render(
-        name=run.name,
-        kind=kind,
-        config=flatten(run.config),
-        environment=flatten(run.environment),
-        plotlyjs=get_plotlyjs(),
-        **content,
-    )
-    path = run.run_dir / "report.html"
-    write_atomically(path, html.encode(errors="backslashreplace"))
-    return path
+    html = jinja.get_template(template).render(plotlyjs=get_plotlyjs(), **content)
+    return html.encode(errors="backslashreplace")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -87,7 +87,7 @@ def bad_molt_numbers(config: MoltRun) -> list[str]:
     for name in ("open_rate", "initial_variance", "val_fraction"):
         if not 0 < values[name] < 1:
             problems.append(f"--{name.replace('_', '-')} {values[name]}: expected between 0 and 1, both excluded")
-    if optim.lr is not None and not 0 < optim.lr < math.inf:
+    if optim.lr is not None and config.kind != "linear" and not 0 < optim.lr < math.inf:
         problems.append(f"--optim.lr {optim.lr}: expected a rate above 0")
     if config.tokens < config.batch_size:
         problems.append(f"--tokens {config.tokens}: less than one step of --batch-size {config.batch_size}")

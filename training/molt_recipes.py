@@ -82,7 +82,7 @@ class MoltRun:
     """Held-out tokens for reconstruction and gates."""
     behaviour_tokens: int = 4_096
     """Held-out tokens for the loss with the replacement spliced in: whole forward passes of the host."""
-    baselines: tuple[str, ...] = ()
+    baseline: tuple[str, ...] = ()
     """What else is measured on the same tokens: a run's or replacement's folder, or `gemma-scope-2:PATH`."""
     n_ctx: int = 256
     """Tokens in a sequence that the host reads."""
@@ -129,7 +129,7 @@ def molt_run_from_dict(values: dict[str, Any]) -> MoltRun:
     """
     optim = MoltOptim(**(values["optim"] | {"betas": tuple(values["optim"]["betas"])}))
     paths = {name: None if values[name] is None else Path(values[name]) for name in ("out", "activation_cache")}
-    built = {"optim": optim, "penalty": Penalty(**values["penalty"]), "baselines": tuple(values["baselines"])}
+    built = {"optim": optim, "penalty": Penalty(**values["penalty"]), "baseline": tuple(values["baseline"])}
     fields: dict[str, Any] = values | paths | built
     return MoltRun(**fields)
 

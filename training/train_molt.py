@@ -5,7 +5,8 @@
     python training/train_molt.py gemma-3-1b-L13-N4 --out /data/n4
     python training/train_molt.py --resume runs/gemma-3-270m-L9-N1-20260101-120000
 
-The run folder holds config.json, environment.json, metrics.jsonl, checkpoints/, model/, ridge/ and report.html.
+The run folder holds config.json, environment.json, held_out.safetensors, metrics.jsonl, checkpoints/, model/, ridge/
+and report.html.
 """
 
 import sys
@@ -14,18 +15,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Int64
 from rich.progress import Progress
+from torch import Tensor
 
+from analysis.held_out import HELD_OUT, HeldOut, read_held_out, write_held_out
+from analysis.hosts import open_host
 from analysis.molt_report import write_molt_report
 from analysis.replacements import ReplacementEvaluation, evaluate_replacement
-from cayley_interp import load_pretrained
-from cayley_interp.folder import is_model_folder
-from cayley_interp.pretrained import bundled_models
 from molt_lens import LinearMap, Replacement, matched_map
 from molt_lens.activations import ActivationStore, collect
-from molt_lens.folder import check_site, load_replacement, save_replacement
-from molt_lens.gemma_scope import load_gemma_scope
-from molt_lens.hosts import Host, Site, load_host
+from molt_lens.folder import load_replacement, save_replacement
+from molt_lens.hosts import Host, Site
+from molt_lens.opening import open_replacement
 from molt_lens.packing import keep_mask
 from molt_lens.penalties import starting_open_rate
 from molt_lens.reference import reference_molt, set_reference_statistics
@@ -59,6 +61,7 @@ def train(config: MoltRun, run_dir: Path, resume: bool) -> Path:
     preflight_text(config, host)
     if not resume:
         start_folder(config, run_dir, device, processes=1)
+    sequences = held_out_sequences(config, host, run_dir)
     console.print(
         f"{host.names(site).hf_input} -> {host.names(site).hf_target}; memory about {memory.needed / 1e9:.1f} GB of "
         f"{memory.available / 1e9:.1f} GB, the largest N that would fit: {memory.largest_n:,}",
@@ -86,13 +89,14 @@ def train(config: MoltRun, run_dir: Path, resume: bool) -> Path:
         if config.kind != "linear":  # its solution is exact already
             trainer.run(log, progress)
     save_replacement(replacement, run_dir / "model", host=host, site=site)  # before anything that could fail
-    evaluation = evaluate(config, host, site, replacement.eval(), ridge)
+    evaluation = evaluate(config, host, site, replacement.eval(), ridge, sequences)
     final = evaluation.scalars() | {
         "n_parameters": sum(parameter.numel() for parameter in replacement.map.parameters()),
         "peak_memory_bytes": peak_memory(device),
         "tokens_per_second": metrics.median("tokens_per_second"),
     }
-    training = {"recipe": config.name, "tokens": config.steps * config.batch_size, **final}
+    tokens = min(MOMENTS_TOKENS, config.tokens) if config.kind == "linear" else config.steps * config.batch_size
+    training = {"recipe": config.name, "training_tokens": tokens, **final}
     save_replacement(replacement, run_dir / "model", host=host, site=site, training=training)
     record = {"step": trainer.step, "final": final}
     metrics.append(record)
@@ -180,11 +184,32 @@ def make_replacements(
     return replacement, ridge
 
 
+def held_out_sequences(config: MoltRun, host: Host, run_dir: Path) -> Int64[Tensor, "sequence pos"]:
+    """The text that is measured on: the run's folder keeps it for whoever compares this run with others.
+
+    Raises:
+        ValueError: the folder's is of another host's tokenizer.
+    """
+    if not (run_dir / HELD_OUT).is_file():
+        write_held_out(run_dir, HeldOut(val_sequences(config, host), host.name, host.fingerprint))
+    held_out = read_held_out(run_dir)
+    if held_out.host_fingerprint != host.fingerprint:
+        raise ValueError(
+            f"{run_dir / HELD_OUT} is of {held_out.host_name} (fingerprint {held_out.host_fingerprint[:12]}), and the "
+            f"run of {host.name} (fingerprint {host.fingerprint[:12]}): resume with the host that it began with"
+        )
+    return held_out.input_ids
+
+
 def evaluate(
-    config: MoltRun, host: Host, site: Site, replacement: Replacement, ridge: Replacement
+    config: MoltRun,
+    host: Host,
+    site: Site,
+    replacement: Replacement,
+    ridge: Replacement,
+    sequences: Int64[Tensor, "sequence pos"],
 ) -> ReplacementEvaluation:
     """Reconstruction, gates and behaviour on held-out text, with a bar."""
-    sequences = val_sequences(config, host)
     with make_progress("") as bar:
         task = bar.add_task("held-out activations", total=1.0)
         n_tokens = min(config.val_tokens, sum(int(keep_mask(host, s).sum()) for s in sequences))
@@ -198,7 +223,7 @@ def evaluate(
             sample.x,
             sample.y,
             sequences[: max(1, config.behaviour_tokens // config.n_ctx)],
-            {"mean": mean, "ridge": ridge, **{name: open_baseline(name, host, site) for name in config.baselines}},
+            {"mean": mean, "ridge": ridge, **{name: open_baseline(name, host, site) for name in config.baseline}},
             progress=lambda what, share: bar.update(task, description=what, completed=share),
         )
 
@@ -241,22 +266,10 @@ def open_baseline(name: str, host: Host, site: Site) -> Replacement:
     Raises:
         ValueError: it belongs to another host or site.
     """
-    folder = next((f for f in (Path(name) / "model", Path(name)) if (f / "config.json").is_file()), None)
-    if folder is not None and not name.startswith(("gemma-scope", "google/")):
-        replacement, record = load_replacement(folder)
-    else:
-        replacement, record = load_gemma_scope(name).on(host)
-    check_site(record, host)
+    replacement, record = open_replacement(name, host)
     if record.site != site:
-        raise ValueError(f"--baselines {name} is of {record.site}, and this run is of {site}")
-    return replacement.to(host.device)
-
-
-def open_host(name: str, device: torch.device, dtype: torch.dtype) -> Host:
-    """A host by name: a CayleyGPT where cayley_interp knows it, else what molt_lens finds."""
-    if name in bundled_models() or is_model_folder(Path(name)):
-        return load_host(load_pretrained(name, wrap=None), device=device, dtype=dtype)
-    return load_host(name, device=device, dtype=dtype)
+        raise ValueError(f"--baseline {name} is of {record.site}, and this run is of {site}")
+    return replacement
 
 
 COMMAND = Command(

@@ -48,7 +48,8 @@ def test_a_run_leaves_everything_that_was_promised(finished, host_folder):
     out, result = finished
     assert str(out / "report.html") in result.stdout
     assert {p.name for p in out.iterdir()} == {
-        *("config.json", "environment.json", "metrics.jsonl", "checkpoints", "model", "ridge", "report.html")
+        *("config.json", "environment.json", "held_out.safetensors", "metrics.jsonl"),
+        *("checkpoints", "model", "ridge", "report.html"),
     }
     assert molt_run_from_dict(json.loads((out / "config.json").read_text())).layer == 1
     replacement, record = load_replacement(out / "model")
@@ -56,6 +57,7 @@ def test_a_run_leaves_everything_that_was_promised(finished, host_folder):
     assert record.hooks["hf_target"] == "model.layers.1.post_feedforward_layernorm.output"
     assert record.hooks["tl_input"] == "blocks.1.mlp.hook_in"
     assert record.training is not None
+    assert record.training["training_tokens"] == 8192
     assert record.training["fit"]["nmse"] == metrics(out)[-1]["final"]["fit"]["nmse"]
     assert replacement.map.n_units == 31
 
@@ -131,7 +133,7 @@ def test_a_cayley_gpt_is_a_host(arguments, tmp_path):
 
 
 def test_a_replacement_is_a_baseline_of_its_own_host_and_site_only(finished, arguments, tmp_path, capsys):
-    same = [*arguments, "--tokens", "1024", "--kind", "linear", "--baselines", str(finished[0])]
+    same = [*arguments, "--tokens", "1024", "--kind", "linear", "--baseline", str(finished[0])]
     assert COMMAND.main([*same, "--out", str(tmp_path / "run")]) == 0
     final = metrics(tmp_path / "run")[-1]["final"]
     assert final["floors"][str(finished[0])] == metrics(finished[0])[-1]["final"]["fit"]
