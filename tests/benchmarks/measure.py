@@ -59,7 +59,7 @@ def publish(name: str, title: str, rows: list[dict], notes: list[str]) -> None:
         table.add_row(*(str(row[c]) for c in columns))
     Console().print(table)
     made = {
-        "command": f"python -m tests.benchmarks.{name}",
+        "command": f"python -m tests.benchmarks.{Path(sys.argv[0]).stem}",
         "date": date.today().isoformat(),
         "hardware": f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
