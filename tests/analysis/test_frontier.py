@@ -102,7 +102,15 @@ def test_an_interrupted_sweep_leaves_no_process_and_goes_on(tmp_path):
     flags = ["gemma-270m-L9", "--layers", "1", "--kinds", "molt", "--tokens", "4096", "--epochs", "1000"]
     argv = [*flags, "--out", str(tmp_path / "out"), "--", *tiny_flags(tmp_path), "--log-every", "1"]
     command = [sys.executable, "-m", "analysis.frontier", *argv]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell has its background jobs ignore interrupts, and their children inherit it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     run = tmp_path / "out" / "runs" / "L1-molt-batchtopk1-s0"
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists():
