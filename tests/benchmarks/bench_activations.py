@@ -23,8 +23,8 @@ from training.text import split_documents
 
 HOST, SITE = "gemma-3-270m", Site(9, target="post_norm_out")
 CTX, SEQUENCES, BATCH = 256, 8, 1024
-BUFFER_SEQUENCES = 64
-ROUND_BATCHES, ROUNDS = 16, 7
+BUFFER_SEQUENCES = 32
+ROUND_BATCHES, ROUNDS = 8, 4
 BARE, OURS, CACHED, SAELENS = (
     "bare host, stopped at the target",
     "ActivationStore",
