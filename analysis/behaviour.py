@@ -5,19 +5,15 @@
 Special tokens keep the host's own output, since no map is trained on them, and are not predicted.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from analysis.splicing import spliced_sums
 from molt_lens.hosts import Host, Site
-from molt_lens.packing import keep_mask
-from molt_lens.replacement import spliced
-
-LOGITS_AT_A_TIME = 2**27
-"""Numbers in one batch of logits: half a gigabyte in float32."""
 
 
 @dataclass(frozen=True)
@@ -56,47 +52,21 @@ def measure_behaviour(
 ) -> Behaviour:
     """Forward passes of the host as it is, with the replacements, and with their targets at 0 and at `means`.
 
+    Args:
+        progress: is told the share of the text that is done.
+
     Raises:
-        ValueError: fewer than two tokens a sequence, or a mean missing for a site.
+        ValueError: fewer than two tokens a sequence, a mean missing for a site, or losses that are not finite.
     """
-    if sequences.ndim != 2 or sequences.shape[1] < 2:
-        raise ValueError(f"expected sequences of two tokens or more, got {tuple(sequences.shape)}")
     if missing := [site for site in replacements if site not in means]:
         raise ValueError(f"no mean is given for {missing[0]}: what ablation sets its target to")
     zero = {site: _constant(torch.zeros_like(means[site])) for site in replacements}
     mean = {site: _constant(means[site]) for site in replacements}
-    totals = torch.zeros(6, dtype=torch.float64)
-    tokens = 0
-    for ids in _batches(host, sequences):
-        text = keep_mask(host, ids)
-        predicted = text[:, 1:]
-        own = _log_probs(host, ids, predicted)
-        targets = ids[:, 1:][predicted].to(own.device)
-        ablated = []
-        for maps in (zero, mean):
-            with spliced(host, maps, "replace", keep=~text):
-                ablated.append(_loss(_log_probs(host, ids, predicted), targets))
-        with spliced(host, replacements, "replace", keep=~text):
-            other = _log_probs(host, ids, predicted)
-        kl = (own.exp() * (own - other)).sum(-1).double().sum()
-        agree = (own.argmax(-1) == other.argmax(-1)).double().sum()
-        totals += torch.stack([_loss(own, targets), _loss(other, targets), *ablated, kl, agree]).cpu()
-        tokens += int(predicted.sum())
-        progress(len(ids) / len(sequences))
-    ce_host, ce_spliced, ce_zero, ce_mean, kl, top1 = (totals / tokens).tolist()
-    return Behaviour(tokens, ce_host, ce_spliced, ce_zero, ce_mean, kl, top1)
-
-
-def _batches(host: Host, sequences: Tensor) -> Iterator[Tensor]:
-    return iter(sequences.split(max(1, LOGITS_AT_A_TIME // (sequences.shape[1] * host.d_vocab))))
-
-
-def _log_probs(host: Host, ids: Tensor, predicted: Tensor) -> Float[Tensor, "token d_vocab"]:
-    return host.logits(ids)[:, :-1][predicted.to(host.device)].float().log_softmax(-1)
-
-
-def _loss(log_probs: Tensor, targets: Tensor) -> Tensor:
-    return -log_probs.gather(-1, targets[:, None]).double().sum()
+    maps = {"the replacement": replacements, "zero": zero, "the mean": mean}
+    own, zeroed, averaged = spliced_sums(host, maps, sequences, progress).values()
+    tokens = int(own.tokens.sum())
+    sums = (own.ce_host, own.ce, zeroed.ce, averaged.ce, own.kl, own.top1)
+    return Behaviour(tokens, *(s.sum().item() / tokens for s in sums))
 
 
 def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:

@@ -32,9 +32,9 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from analysis.hosts import open_host
-from analysis.parity import Sheet, to_markdown, to_rich
 from analysis.pooled import Source, pooled_activations, sources_of
 from analysis.speeches import LABELS, Label, Passage, cut_passages, read_speeches
+from analysis.tables import Sheet, to_markdown, to_rich
 from cayley_interp.files import write_atomically
 
 

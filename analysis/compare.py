@@ -21,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from analysis.comparison import PARTS, Kept, Measured, Settings, measure_site
 from analysis.comparison_page import write_comparison_page
-from analysis.comparison_tables import SHORT, By, Comparison, points_of, records, sheet_of, to_csv
+from analysis.comparison_tables import SHORT, By, Comparison, lines_of, points_of, records, sheet_of
 from analysis.controls import controls_of
 from analysis.held_out import HeldOut
 from analysis.hosts import open_host
-from analysis.parity import to_markdown, to_rich
 from analysis.subjects import SiteText, choose_text, host_of, open_subject
+from analysis.tables import to_csv, to_markdown, to_rich
 from cayley_interp.files import write_atomically
 from molt_lens.hosts import Host
 from molt_lens.packing import keep_mask
@@ -148,7 +148,7 @@ def write_comparison(comparison: Comparison, out: Path, by: By) -> None:
         "maps": records(comparison),
     }
     write_atomically(out / "compare.json", json.dumps(about, indent=2, default=str) + "\n")
-    write_atomically(out / "compare.csv", to_csv(comparison))
+    write_atomically(out / "compare.csv", to_csv(lines_of(comparison)))
     sheets = [sheet_of(points_of(comparison, site, by), site) for site in comparison.sites()]
     write_atomically(out / "compare.md", "\n".join(map(to_markdown, sheets)))
     write_comparison_page(comparison, out / "index.html", by)

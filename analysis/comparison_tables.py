@@ -1,7 +1,5 @@
 """A comparison as rows, points and tables: runs of one config that differ in their seed make one point."""
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -9,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from analysis.comparison import Figures, Measured, Settings
-from analysis.parity import Sheet
 from analysis.subjects import Subject
+from analysis.tables import Sheet
 from molt_lens.hosts import Site
 
 By = Literal["config", "run"]
@@ -180,15 +178,11 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-def to_csv(comparison: Comparison) -> str:
-    """One line a run or control, every figure a column but those by rank."""
+def lines_of(comparison: Comparison) -> list[dict[str, Any]]:
+    """Records without what no cell holds: each figure beside the rest, but those by rank, and no config."""
     lines = []
     for record in records(comparison):
         figures: Figures = record.pop("figures")
         del record["config"]
         lines.append(record | {name: value for name, value in figures.items() if not isinstance(value, dict)})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return lines

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from analysis.features import Progress as ReportProgress
 from analysis.hosts import open_host, open_replacements
-from analysis.parity import Sheet, to_rich
+from analysis.tables import Sheet, to_rich
 from cayley_interp.files import write_atomically
 from molt_lens.hosts import Host, Site
 

@@ -17,8 +17,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from analysis.behaviour import LOGITS_AT_A_TIME
 from analysis.features import Progress
+from analysis.splicing import LOGITS_AT_A_TIME
 from cayley_interp.model import token_losses
 from molt_lens.hosts import Host, Site
 from molt_lens.packing import keep_mask

@@ -14,16 +14,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 import tyro
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from analysis.breakdown import Bin, by_frequency, by_position
 from analysis.shards import TokenShards, read_shards, read_windows, shard_folder_of, training_counts
+from analysis.tables import Sheet, to_markdown, to_rich
 from cayley_interp import CayleyGPT
 from cayley_interp.files import write_atomically
 from cayley_interp.losses import PairedDifference, paired_difference, window_losses
@@ -139,14 +138,6 @@ def compare(subjects: list[Subject], shards: TokenShards, n_tokens: int, batch_s
 # ---- How it is shown ----
 
 
-class Sheet(NamedTuple):
-    """A table of text; the first column is left-aligned, numbers follow."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-
 def sheets(comparison: Comparison) -> Iterator[Sheet]:
     """The tables of a comparison: losses, differences, and where there are any, the breakdowns."""
     tokens = f"{comparison.n_tokens:,} validation tokens in {comparison.n_sequences:,} sequences"
@@ -170,21 +161,6 @@ def bin_row(b: Bin) -> list[str]:
 
 def show(difference: PairedDifference) -> str:
     return f"{difference.mean:+.4f} ± {difference.standard_error:.4f}"
-
-
-def to_rich(sheet: Sheet) -> Table:
-    table = Table(title=sheet.title)
-    for i, name in enumerate(sheet.header):
-        table.add_column(escape(name), justify="right" if i else "left", overflow="fold")
-    for row in sheet.rows:
-        table.add_row(*map(escape, row))
-    return table
-
-
-def to_markdown(sheet: Sheet) -> str:
-    lines = [sheet.header, ["---", *["---:"] * (len(sheet.header) - 1)], *sheet.rows]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"{sheet.title}:\n\n{table}\n"
 
 
 def main(

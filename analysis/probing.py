@@ -9,13 +9,12 @@ presidents: no speech, and no speaker, is on both sides.
 The packaged models were trained on most of these speeches, though on none of the labels; all sources share that.
 """
 
-import csv
-import io
 import json
 import sys
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -27,9 +26,9 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from analysis.hosts import open_host
-from analysis.parity import Sheet, to_markdown, to_rich
 from analysis.pooled import pooled_activations, sources_of
 from analysis.speeches import LABELS, Label, Passage, cut_passages, read_speeches
+from analysis.tables import Sheet, to_csv, to_markdown, to_rich
 from cayley_interp.files import write_atomically
 from molt_lens.hosts import Host
 
@@ -172,16 +171,9 @@ def show_k(k: int | None) -> str:
     return "all" if k is None else f"k = {k}"
 
 
-def to_csv(rows: list[ProbeRow]) -> str:
-    """A line for each score; k is empty where a probe reads all features."""
-    out = io.StringIO()
-    records = [{**asdict(row), **asdict(row.score)} for row in rows]
-    for record in records:
-        del record["score"]
-    writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return out.getvalue()
+def records(rows: list[ProbeRow]) -> list[dict[str, Any]]:
+    """One for each score; k is None where a probe reads all features."""
+    return [{name: v for name, v in asdict(row).items() if name != "score"} | asdict(row.score) for row in rows]
 
 
 def main(
@@ -221,7 +213,7 @@ def main(
     sheets = to_sheets(rows)
     for sheet in sheets:
         console.print(to_rich(sheet))
-    write_atomically(out / "probing.csv", to_csv(rows))
+    write_atomically(out / "probing.csv", to_csv(records(rows)))
     write_atomically(out / "probing.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     write_atomically(out / "probing.md", "\n".join(map(to_markdown, sheets)))
 

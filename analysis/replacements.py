@@ -84,15 +84,10 @@ def evaluate_replacement(
     progress("reconstruction", 0.0)
     fit = measure_fit(replacement, x, y, counter)
     other = {name: measure_fit(floor, x, y) for name, floor in floors.items()}
-    done = 0.0
-
-    def advance(share: float) -> None:
-        nonlocal done
-        done += share
-        progress("spliced into the host", done)
-
     mean = y.double().mean(0).float()
-    behaviour = measure_behaviour(host, {site: replacement}, sequences, {site: mean}, advance)
+    behaviour = measure_behaviour(
+        host, {site: replacement}, sequences, {site: mean}, lambda share: progress("spliced into the host", share)
+    )
     return ReplacementEvaluation(
         tokens=len(x),
         fit=fit,

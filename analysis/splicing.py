@@ -3,18 +3,20 @@
 The host's own words are computed once for all of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from analysis.behaviour import _batches, _log_probs
 from analysis.jackknife import sums_by_sequence
 from molt_lens.hosts import Host, Site
 from molt_lens.packing import keep_mask
 from molt_lens.replacement import spliced
+
+LOGITS_AT_A_TIME = 2**27
+"""Numbers in one batch of logits: half a gigabyte in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,3 +83,11 @@ def spliced_sums(
         if not values.isfinite().all():
             raise ValueError(f"{host.name} with {name} spliced in gives losses that are not finite")
     return {name: SplicedSums(*values) for name, values in sums.items()}
+
+
+def _batches(host: Host, sequences: Tensor) -> Iterator[Tensor]:
+    return iter(sequences.split(max(1, LOGITS_AT_A_TIME // (sequences.shape[1] * host.d_vocab))))
+
+
+def _log_probs(host: Host, ids: Tensor, predicted: Tensor) -> Float[Tensor, "token d_vocab"]:
+    return host.logits(ids)[:, :-1][predicted.to(host.device)].float().log_softmax(-1)

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from analysis.probing import FOLDS, KS, ProbeRow, ProbeScore, _split, main, probe, to_csv, to_sheets
+from analysis.probing import FOLDS, KS, ProbeRow, ProbeScore, _split, main, probe, records, to_sheets
 from analysis.speeches import LABELS
+from analysis.tables import to_csv
 
 N = 300
 GROUPS = np.arange(N) // 10
@@ -87,7 +88,7 @@ def test_one_table_three_ways():
     sheets = to_sheets(rows)
     assert [sheet.title.split(":")[0].lower() for sheet in sheets] == list(LABELS)
     assert sheets[0].rows == [["m, layer 3: codes, mean (4,224)", *(f"{s.accuracy:.3f} ± 0.010" for s in scores)]]
-    lines = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    lines = list(csv.DictReader(io.StringIO(to_csv(records(rows)))))
     assert [line["k"] for line in lines[:5]] == ["1", "2", "5", "16", ""]
     assert [float(line["accuracy"]) for line in lines] == [row.score.accuracy for row in rows]
 

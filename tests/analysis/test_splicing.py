@@ -1,19 +1,18 @@
-"""Sums over sequences against `measure_behaviour`, the definition over all tokens."""
+"""Sums over sequences against forward passes written out by hand."""
 
 import pytest
 import torch
 
-from analysis.behaviour import measure_behaviour
 from analysis.splicing import spliced_sums
 from molt_lens import Replacement, matched_map
 from molt_lens.hosts import Site
-from molt_lens.packing import pack_documents
+from molt_lens.packing import keep_mask, pack_documents
 from tests.molt_lens.host_models import tiny_host, tiny_text
 
 SITE = Site(1, target="post_norm_out")
 
 
-def test_sums_are_those_of_the_definition_one_map_not_disturbing_the_other():
+def test_sums_are_those_of_a_hook_by_hand_one_map_not_disturbing_the_other():
     host = tiny_host("gemma3")
     sequences = torch.stack(list(pack_documents([tiny_text(400)], host, 40)))
     torch.manual_seed(0)
@@ -21,18 +20,26 @@ def test_sums_are_those_of_the_definition_one_map_not_disturbing_the_other():
         name: Replacement(matched_map("transcoder", 32, 32, n=1, gate=name)).eval() for name in ("topk:3", "topk:9")
     }
     sums = spliced_sums(host, {name: {SITE: map} for name, map in maps.items()}, sequences)
+    keep, module = keep_mask(host, sequences), host.modules(SITE).target_module
+    own, x = host.logits(sequences).double().log_softmax(-1), host.capture(SITE, sequences)[0]
+    predicted, targets = keep[:, 1:], sequences[:, 1:, None]
     for name, map in maps.items():
-        expected = measure_behaviour(host, {SITE: map}, sequences, {SITE: torch.zeros(32)})
-        own = sums[name]
-        assert own.tokens.sum() == expected.tokens
-        for total, mean in (
-            (own.ce_host, expected.ce_host),
-            (own.ce, expected.ce_spliced),
-            (own.kl, expected.kl),
-            (own.top1, expected.top1),
-        ):
-            assert len(total) == len(sequences)
-            assert (total.sum() / expected.tokens).item() == pytest.approx(mean, rel=1e-6)
+        written = map(x)
+        handle = module.register_forward_hook(
+            lambda m, a, y, written=written: torch.where(keep[..., None], written, y)  # noqa: ARG005
+        )
+        other = host.logits(sequences).double().log_softmax(-1)
+        handle.remove()
+        figures = {
+            "ce_host": -own[:, :-1].gather(-1, targets)[..., 0],
+            "ce": -other[:, :-1].gather(-1, targets)[..., 0],
+            "kl": (own.exp() * (own - other)).sum(-1)[:, :-1],
+            "top1": (own.argmax(-1) == other.argmax(-1))[:, :-1].double(),
+        }
+        assert sums[name].tokens.tolist() == predicted.sum(1).tolist()
+        for figure, values in figures.items():
+            expected = (values * predicted).sum(1)
+            torch.testing.assert_close(getattr(sums[name], figure), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_losses_that_are_not_finite_name_the_map():
