@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -36,9 +37,19 @@ class ReplacementRecord:
 
 
 def save_replacement(
-    replacement: Replacement, folder: Path, *, host: Host, site: Site, training: dict[str, Any] | None = None
+    replacement: Replacement,
+    folder: Path,
+    *,
+    host: Host,
+    site: Site,
+    training: dict[str, Any] | None = None,
+    matrices: torch.dtype | None = None,
 ) -> None:
     """Write the folder; an older one is replaced only by a whole new one.
+
+    Args:
+        matrices: dtype in which matrices are stored, bfloat16 for half the size; vectors and statistics keep theirs,
+            and the replacement is loaded in float32 again.
 
     Raises:
         ValueError: something else is there, or in it, which would be lost; or the host has no such site.
@@ -50,10 +61,13 @@ def save_replacement(
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in replacement.state_dict().items()}
+        if matrices is not None:
+            weights = {name: t.to(matrices) if t.ndim > 1 else t for name, t in weights.items()}
         save_file(weights, temporary / WEIGHTS)
         content = {"format": FORMAT, "map": replacement.map.config(), **asdict(record)}
         (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
         for file in temporary.iterdir():
+            file.chmod(0o644)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         temporary.chmod(0o755)

@@ -1,4 +1,4 @@
-"""A replacement by name, for a host: a run's folder, a folder that `save_replacement` wrote, or a Gemma Scope id."""
+"""A replacement by name, for a host: one of the package, a run's or replacement's folder, or a Gemma Scope id."""
 
 from pathlib import Path
 
@@ -7,18 +7,26 @@ from molt_lens.gemma_scope import PARAMS, PARAMS_1, load_gemma_scope
 from molt_lens.hosts import Host
 from molt_lens.standardize import Replacement
 
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+def bundled_replacements() -> list[str]:
+    """Names of the replacements that come with the package."""
+    return sorted(folder.name for folder in BUNDLED.iterdir() if (folder / CONFIG).is_file())
+
 
 def open_replacement(name: str | Path, host: Host) -> tuple[Replacement, ReplacementRecord]:
     """A replacement in eval mode on the host's device, and what is known of it.
 
     Args:
-        name: a run's folder, whose model/ is meant; a replacement's own; or what `load_gemma_scope` takes.
+        name: of `bundled_replacements()`; a run's folder, whose model/ is meant; a replacement's own; or what
+            `load_gemma_scope` takes.
 
     Raises:
         FileNotFoundError: a folder without a replacement, or neither a folder nor an id on the Hub.
         ValueError: it is damaged, or belongs to another host.
     """
-    path = Path(name)
+    path = BUNDLED / name if str(name) in bundled_replacements() else Path(name)
     folder = next((f for f in (path / "model", path) if (f / CONFIG).is_file() and (f / WEIGHTS).is_file()), None)
     if folder is not None:
         replacement, record = load_replacement(folder)

@@ -90,6 +90,16 @@ def test_the_dtype_comes_back(tmp_path, host, dtype):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+def test_matrices_may_be_stored_in_less(tmp_path, host):
+    replacement = molt()
+    save_replacement(replacement, tmp_path / "a", host=host, site=SITE, matrices=torch.bfloat16)
+    stored, (loaded, _) = load_file(tmp_path / "a" / "model.safetensors"), load_replacement(tmp_path / "a")
+    for name, tensor in replacement.state_dict().items():
+        assert stored[name].dtype == (torch.bfloat16 if tensor.ndim > 1 else torch.float32)
+        assert loaded.state_dict()[name].dtype == torch.float32
+        assert torch.equal(loaded.state_dict()[name], stored[name].float()), name
+
+
 def test_a_folded_map_comes_back(tmp_path, host):
     replacement = molt()
     folded = Replacement(replacement.folded()).eval()
