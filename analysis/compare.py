@@ -120,9 +120,10 @@ def check_text(held_out: HeldOut, host: Host, settings: Settings) -> torch.Tenso
     for name in ("tokens", "behaviour_tokens", "jacobian_tokens"):
         if (asked := getattr(settings, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {asked}: expected 1 or more")
-    if settings.jacobian_tokens > settings.tokens:
+    if 2 * settings.jacobian_tokens > settings.tokens:
         raise ValueError(
-            f"--jacobian-tokens {settings.jacobian_tokens} are among the --tokens {settings.tokens}: ask for fewer"
+            f"--jacobian-tokens {settings.jacobian_tokens}, and as many for the mean Jacobian, are among the --tokens "
+            f"{settings.tokens}: ask for fewer"
         )
     kept = keep_mask(host, held_out.input_ids).sum(1).cumsum(0)
     n_ctx = held_out.input_ids.shape[1]

@@ -2,8 +2,8 @@
 
     zero, mean      the target set to 0, and to its mean over the text
     ridge           the best linear map, from the first run's folder
-    mean-jacobian   x -> E[J] x, the constant map nearest to all Jacobians that are compared; it has seen them, so it is
-                    stronger than one that had not
+    mean-jacobian   x -> E[J] x, the constant map nearest to all Jacobians: the mean over as many tokens of the same
+                    text as Jacobians are compared at, none of them the same
     skip alone      of each map with a skip connection, the skip, its units held at the mean of what they write
 
 All but the ridge have the mean output that is theirs on the text.
@@ -28,14 +28,14 @@ def controls_of(site: Site, subjects: list[Subject], host: Host, jacobian_tokens
     """The controls of these subjects, which are all of one site.
 
     Args:
-        jacobian_tokens: over which the mean Jacobian is taken.
+        jacobian_tokens: at which Jacobians are compared; the mean is taken over as many others.
 
     Raises:
         ValueError: a ridge map that is damaged or of another host.
     """
 
     def mean_of_jacobians(text: SiteText) -> Replacement:
-        return linear(mean_jacobian(host, site, text.spread(jacobian_tokens)).float(), text, text.mean_y)
+        return linear(mean_jacobian(host, site, text.beside(jacobian_tokens)).float(), text, text.mean_y)
 
     d = host.d_model
     controls = [
@@ -45,7 +45,7 @@ def controls_of(site: Site, subjects: list[Subject], host: Host, jacobian_tokens
             "mean Jacobian",
             "mean-jacobian",
             site,
-            f"mean of {jacobian_tokens}",
+            f"mean beside {jacobian_tokens}",
             mean_of_jacobians,
             control=True,
             parameters=d * d + d,

@@ -59,6 +59,14 @@ class SiteText:
         """x at those tokens."""
         return self.sample.x[self.spread_tokens(n).to(self.sample.x.device)]
 
+    def beside(self, n: int) -> Float[Tensor, "token d_in"]:
+        """x at n tokens, spread likewise, none of which is one of those.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        return self.sample.x[self.spread_tokens(2 * n)[n:].to(self.sample.x.device)]
+
     @cached_property
     def mean_y(self) -> Float[Tensor, " d_out"]:
         return self.sample.y.double().mean(0).float()

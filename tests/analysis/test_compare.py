@@ -92,7 +92,7 @@ def test_controls_are_what_they_are_called(comparison, runs):
     assert zero["nmse"] > 1
     assert ridge["nmse"] < 1
     assert ridge["l0"] == constant["l0"] == 0
-    # Of all constant maps it has the smallest squared error, summed over the tokens that are compared.
+    # The constant map nearest to all Jacobians, as far as other tokens of the text tell.
     assert constant["jacobian_cosine"] > ridge["jacobian_cosine"]
     skip = figures(comparison, f"{runs[0]}, its skip alone")
     assert figures(comparison, runs[0])["nmse"] < skip["nmse"] < 1
@@ -107,6 +107,9 @@ def test_tokens_of_the_jacobian_are_spread_over_sequences(runs, folder):
     assert torch.bincount(text.sequence[rows]).tolist() == [11, 11, 10, 10]
     assert torch.equal(text.spread_tokens(10), rows[:10])
     assert sorted(text.spread_tokens(n).tolist()) == list(range(n))
+    beside = text.beside(10)
+    assert not any(torch.equal(x, other) for x in text.spread(10) for other in beside)
+    assert torch.equal(torch.cat([text.spread(10), beside]), text.spread(20))
     with pytest.raises(ValueError, match=f"{n + 1} tokens at which to compare Jacobians, of {n}"):
         text.spread_tokens(n + 1)
 
@@ -196,7 +199,7 @@ def test_runs_with_other_held_out_text_need_a_word(runs, tmp_path):
         ({"tokens": 0}, "--tokens 0: expected 1 or more"),
         ({"tokens": 10**6}, "--tokens 1000000: the held-out text has"),
         ({"tokens": 60, "jacobian_tokens": 4}, "two of 64 tokens are needed"),
-        ({"jacobian_tokens": 501}, "--jacobian-tokens 501 are among the --tokens 500"),
+        ({"jacobian_tokens": 251}, "--jacobian-tokens 251, and as many .* are among the --tokens 500"),
     ],
 )
 def test_bad_settings(change, message, runs, tmp_path):
