@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from analysis.at_equal import sheet_at_equal
 from analysis.comparison import PARTS, Kept, Measured, Settings, measure_site
 from analysis.comparison_page import write_comparison_page
 from analysis.comparison_tables import SHORT, By, Comparison, lines_of, points_of, records, sheet_of
@@ -141,7 +142,7 @@ def check_text(held_out: HeldOut, host: Host, settings: Settings) -> torch.Tenso
 
 
 def write_comparison(comparison: Comparison, out: Path, by: By) -> None:
-    """compare.csv and compare.json with a row a run, compare.md and index.html with a row a config or run."""
+    """compare.csv and compare.json with a row a run; compare.md and index.html by config or run, and at equal."""
     out.mkdir(parents=True, exist_ok=True)
     about = {
         **{name: value for name, value in vars(comparison).items() if name not in ("measured", "settings")},
@@ -150,7 +151,8 @@ def write_comparison(comparison: Comparison, out: Path, by: By) -> None:
     }
     write_atomically(out / "compare.json", json.dumps(about, indent=2, default=str) + "\n")
     write_atomically(out / "compare.csv", to_csv(lines_of(comparison)))
-    sheets = [sheet_of(points_of(comparison, site, by), site) for site in comparison.sites()]
+    points = {site: points_of(comparison, site, by) for site in comparison.sites()}
+    sheets = [sheet(points[site], site) for site in points for sheet in (sheet_of, sheet_at_equal)]
     write_atomically(out / "compare.md", "\n".join(map(to_markdown, sheets)))
     write_comparison_page(comparison, out / "index.html", by)
 

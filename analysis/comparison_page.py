@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.at_equal import sheet_at_equal
 from analysis.comparison_tables import COLUMNS, SHORT, By, Comparison, Point, cell, points_of, thousands, title_of
 from analysis.page import flatten, render
 from analysis.pareto import pareto_front
@@ -47,7 +48,7 @@ def write_comparison_page(comparison: Comparison, path: Path, by: By) -> None:
             (point.subject.control, [point.label, thousands(point.subject.parameters), *numbers(point)])
             for point in points
         ]
-        sites.append((i, title_of(site), rows))
+        sites.append((i, title_of(site), rows, sheet_at_equal(points, site)))
     settings = {
         "host": comparison.host,
         "host_fingerprint": comparison.host_fingerprint,
