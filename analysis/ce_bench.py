@@ -27,12 +27,12 @@ import numpy as np
 import tyro
 from jaxtyping import Float, Int
 from rich.console import Console
-from rich.progress import Progress
 from scipy.optimize import linear_sum_assignment
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from analysis.hosts import open_host
 from analysis.pooled import Source, pooled_activations, sources_of
+from analysis.progress import make_progress
 from analysis.speeches import LABELS, Label, Passage, cut_passages, read_speeches
 from analysis.tables import Sheet, to_markdown, to_rich
 from cayley_interp.files import write_atomically
@@ -209,24 +209,24 @@ def main(
         raise ValueError("name at least one model to score")
     first, second = contrasting_pairs(cut_passages(read_speeches(), words, per_speech), label, pairs)
     out.mkdir(parents=True, exist_ok=True)
-    console = Console()
     activations: dict[tuple[str, int, Source], np.ndarray] = {}
-    with Progress(console=console, transient=True) as bar:
+    with make_progress() as bar:
         task = bar.add_task("", total=len(models))
         for name in models:
             host = open_host(name, device)
             where = host.n_layers // 2 if layer is None else layer
-            for source in sources_of(host):
+            sources = sources_of(host)
+            for source in sources:
                 bar.update(task, description=f"{name}, layer {where}: {source}")
                 activations[name, where, source] = pooled_activations(host, first + second, where, source)["mean"]
-            bar.advance(task)
+                bar.advance(task, 1 / len(sources))
     width = min(acts.shape[1] for acts in activations.values())
     results = [
         SourceScore(*what, width_matched(acts[: len(first)], acts[len(first) :], width, draws, seed))
         for what, acts in activations.items()
     ]
     sheet = to_sheet(results)
-    console.print(to_rich(sheet))
+    Console().print(to_rich(sheet))
     write_atomically(out / "ce_bench.json", json.dumps([asdict(result) for result in results], indent=2) + "\n")
     write_atomically(out / "ce_bench.md", to_markdown(sheet))
 

@@ -17,7 +17,6 @@ from typing import Annotated
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from analysis.at_equal import sheet_at_equal
 from analysis.comparison import PARTS, Kept, Measured, Settings, measure_site
@@ -26,6 +25,7 @@ from analysis.comparison_tables import SHORT, By, Comparison, lines_of, points_o
 from analysis.controls import controls_of
 from analysis.held_out import HeldOut
 from analysis.hosts import open_host
+from analysis.progress import make_progress
 from analysis.subjects import SiteText, choose_text, host_of, open_subject
 from analysis.tables import to_csv, to_markdown, to_rich
 from cayley_interp.files import write_atomically
@@ -65,14 +65,7 @@ def compare(
     by_site = {site: [s for s in subjects if s.site == site] for site in dict.fromkeys(s.site for s in subjects)}
     controls = {site: controls_of(site, own, opened, settings.jacobian_tokens) for site, own in by_site.items()}
     kept, measured = Kept(out / "measured"), list[Measured]()
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console or Console(stderr=True),
-        transient=True,
-    ) as bar:
+    with make_progress(console=console) as bar:
         total = PARTS * sum(len(by_site[site]) + len(controls[site]) for site in by_site)
         task = bar.add_task("", total=total)
 

@@ -1,12 +1,24 @@
 """The page of a comparison: frontiers of error and Jacobian against L0, active rank and each other, and the table."""
 
 import json
+import textwrap
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.at_equal import sheet_at_equal
-from analysis.comparison_tables import COLUMNS, SHORT, By, Comparison, Point, cell, points_of, thousands, title_of
+from analysis.comparison_tables import (
+    COLUMNS,
+    NOT_CONFIG,
+    SHORT,
+    By,
+    Comparison,
+    Point,
+    cell,
+    points_of,
+    thousands,
+    title_of,
+)
 from analysis.page import flatten, render
 from analysis.pareto import pareto_front
 from analysis.plots import ACCENT, GREY, blank, rgb, script_safe
@@ -34,6 +46,8 @@ PLOTS = {
 }
 LOGARITHMIC = ("l0", "active_rank")
 TICKS = [digit * 10**power for power in range(-2, 6) for digit in (1, 2, 5)]
+HOVER_WIDTH = 48
+"""Characters in a line of what a point shows: narrow enough for a phone."""
 LEVELS = {"nmse": {"ridge": "dot"}, "jacobian_cosine": {"ridge": "dot", "mean-jacobian": "dash"}}
 """Controls that are levels where the axis counts units, since they have none; how their lines look."""
 
@@ -84,7 +98,7 @@ def numbers(point: Point) -> list[str]:
 def frontier(points: list[Point], x: str, y: str, x_title: str, y_title: str) -> "Figure":
     """Points in the colour of their kind with their errors, a line along each kind's Pareto front, controls hollow."""
     figure = blank(x_title, y_title)
-    figure.update_layout(hovermode="closest", height=380)
+    figure.update_layout(hovermode="closest", height=380, hoverlabel={"align": "left", "font": {"size": 11}})
     logarithmic = x in LOGARITHMIC
     if logarithmic:
         figure.update_xaxes(type="log", tickvals=TICKS, ticktext=[f"{tick:g}" for tick in TICKS])
@@ -144,11 +158,21 @@ def _bars(points: list[Point], figure: str, colour: str) -> dict:
 
 
 def hover(point: Point) -> str:
-    """What a point is and all that it was trained with, in the little HTML that plotly has."""
-    lines = [f"<b>{escape(point.label)}</b>"]
+    """What a point is and what it was trained with, in the little HTML that plotly has.
+
+    Settings are wrapped, several a line: plotly leaves out a label that is taller than its plot.
+    """
+    lines = [f"<b>{plain(point.label)}</b>"]
     if len(point.members) == 1 and point.label != point.subject.name:
-        lines.append(escape(point.subject.name))
+        lines.append(plain(point.subject.name))
     lines += [f"{name} {cell(point, figure, form)}" for name, figure, form in COLUMNS if figure in SHORT]
-    config = flatten(json.loads(json.dumps(point.subject.config or {}, default=str)))
-    lines += [f"{escape(key)}: {escape(value[:80])}" for key, value in config if value not in ("null", "")]
+    trained = {key: value for key, value in (point.subject.config or {}).items() if key not in NOT_CONFIG}
+    settings = flatten(json.loads(json.dumps(trained, default=str)))
+    shown = ", ".join(f"{key} {value[:HOVER_WIDTH]}" for key, value in settings if value not in ("null", ""))
+    lines += map(plain, textwrap.wrap(shown, HOVER_WIDTH, break_on_hyphens=False))
     return "<br>".join(lines)
+
+
+def plain(text: str) -> str:
+    """Text as plotly's labels show it: they know no entity for a quotation mark."""
+    return escape(text, quote=False)

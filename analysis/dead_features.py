@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool
 from torch import Tensor
 
+from analysis.sparsity import bits_per_token
 from analysis.units import UnitCounter
 
 ZOMBIE_SHARE = 0.01
@@ -33,7 +34,9 @@ def dense(counter: UnitCounter) -> Bool[Tensor, " unit"]:
 
 @dataclass(frozen=True)
 class LevelSummary:
-    """What one level of one layer did: counts of features, L0 in features per token, frequency as a share of tokens."""
+    """What one level of one layer did: counts of features; L0 in features and code length in bits, both per token;
+    frequency as a share of tokens.
+    """
 
     n_features: int
     l0: float
@@ -41,6 +44,7 @@ class LevelSummary:
     zombie: int
     dense: int
     median_frequency: float
+    bits_per_token: float
 
 
 def summarise(counter: UnitCounter) -> LevelSummary:
@@ -51,4 +55,5 @@ def summarise(counter: UnitCounter) -> LevelSummary:
         zombie=int(zombie(counter).sum()),
         dense=int(dense(counter).sum()),
         median_frequency=counter.frequency().median().item(),
+        bits_per_token=bits_per_token(counter),
     )

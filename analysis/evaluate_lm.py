@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from analysis.features import Progress as ReportProgress
 from analysis.hosts import open_host, open_replacements
+from analysis.progress import make_progress
 from analysis.tables import Sheet, to_rich
 from cayley_interp.files import write_atomically
 from molt_lens.hosts import Host, Site
@@ -145,7 +145,7 @@ def main(
     console = Console()
     with console.status("indexing the tasks of lm-eval"):
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    with Progress(console=console, transient=True) as bar:
+    with make_progress() as bar:
         task = bar.add_task("loading the tasks' data", total=1.0)
         report = evaluate_lm(
             host,

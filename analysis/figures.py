@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from analysis.dead_features import DENSE_FREQUENCY
 from analysis.evaluate import Evaluation
+from analysis.mlp_worth import STANDARD_ERRORS, worth_nothing
 from analysis.plots import ACCENT, GREY, Metrics, blank, line, ramp, rgb, script_safe, series
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def figures(metrics: Metrics, evaluation: Evaluation) -> dict[str, str]:
         "loss": loss_figure(metrics, evaluation),
         "rates": rates_figure(metrics),
         "silent": silent_figure(metrics),
+        "worth": worth_figure(evaluation),
     }
     for level in range(len(evaluation.levels[0]) if evaluation.levels else 0):
         drawn[f"frequency-{level}"] = frequency_figure(evaluation, level)
@@ -81,6 +83,34 @@ def silent_figure(metrics: Metrics) -> "Figure | None":
         )
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_layout(hovermode="closest", showlegend=False)
+    return figure
+
+
+def worth_figure(evaluation: Evaluation) -> "Figure":
+    """Nats that each layer's MLP takes off the loss, grey where that is nothing; whiskers of three standard errors."""
+    figure = blank("layer", "nats per token")
+    worths = evaluation.mlp_worths
+    figure.add_bar(
+        x=[f"{layer}" for layer in range(len(worths))],
+        y=[worth.mean for worth in worths],
+        error_y={
+            "array": [STANDARD_ERRORS * worth.standard_error for worth in worths],
+            "color": rgb(GREY),
+            "thickness": 1.5,
+            "width": 4,
+        },
+        marker={
+            "color": [rgb(GREY if worth_nothing(worth) else ACCENT) for worth in worths],
+            "opacity": [0.5 if worth_nothing(worth) else 1 for worth in worths],
+        },
+        hovertext=[
+            f"layer {layer}: {worth.mean:+.4f} ± {worth.standard_error:.4f} nats" for layer, worth in enumerate(worths)
+        ],
+        hoverinfo="text",
+    )
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(rangemode="tozero", zeroline=True, zerolinecolor=rgb(GREY), zerolinewidth=1)
+    figure.update_layout(height=280, hovermode="closest", showlegend=False, bargap=0.4)
     return figure
 
 

@@ -10,7 +10,7 @@ The models that come with the package have no run folder, and so no text beside 
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -21,6 +21,7 @@ import tyro
 from rich.console import Console
 
 from analysis.breakdown import Bin, by_frequency, by_position
+from analysis.progress import make_progress
 from analysis.shards import TokenShards, read_shards, read_windows, shard_folder_of, training_counts
 from analysis.tables import Sheet, to_markdown, to_rich
 from cayley_interp import CayleyGPT
@@ -115,15 +116,30 @@ def common_shards(subjects: list[Subject], data: Path | None = None) -> TokenSha
     return shards
 
 
-def compare(subjects: list[Subject], shards: TokenShards, n_tokens: int, batch_size: int) -> Comparison:
+def compare(
+    subjects: list[Subject],
+    shards: TokenShards,
+    n_tokens: int,
+    batch_size: int,
+    progress: Callable[[str, float], None] = lambda *_: None,
+) -> Comparison:
     """Losses and differences on the first validation windows of the shards; two models' difference is broken down too.
+
+    Args:
+        progress: what is measured, and the share of all that is done.
 
     Raises:
         ValueError: not one whole window of validation tokens, or no training token to count.
     """
     config = subjects[0].model.config
     windows = read_windows(shards, config.n_ctx, n_tokens)
-    losses = [window_losses(subject.model, windows, batch_size) for subject in subjects]
+    losses = []
+    for i, subject in enumerate(subjects):
+        parts = []
+        for some in windows.split(batch_size):
+            parts.append(window_losses(subject.model, some, batch_size))
+            progress(subject.name, (i + sum(map(len, parts)) / len(windows)) / len(subjects))
+        losses.append(torch.cat(parts))
     pairs = []
     for i, j in combinations(range(len(subjects)), 2):
         a, b, bins = losses[i], losses[j], ([], [])
@@ -184,7 +200,16 @@ def main(
         markdown: Write the tables to this file.
     """
     subjects = [open_subject(name, device) for name in models]
-    comparison = compare(subjects, common_shards(subjects, data), tokens, batch_size)
+    shards = common_shards(subjects, data)
+    with make_progress() as bar:
+        task = bar.add_task("", total=1)
+        comparison = compare(
+            subjects,
+            shards,
+            tokens,
+            batch_size,
+            lambda what, share: bar.update(task, completed=share, description=what),
+        )
     tables = list(sheets(comparison))
     console = Console()
     for sheet in tables:

@@ -39,8 +39,11 @@ def pooled_activations(
     cut off.
 
     Raises:
-        ValueError: codes of a host without a bottleneck, a text without two tokens, or what `Host.capture` raises.
+        ValueError: no texts, codes of a host without a bottleneck, a text without two tokens, or what `Host.capture`
+            raises.
     """
+    if not texts:
+        raise ValueError(f"0 texts to pool {source} of layer {layer} of {host.name} over: give at least one")
     site = Site(layer, input="pre_norm_in" if source == "resid" else "pre_norm_out")
     sae = None
     if source in ("codes", "random_codes"):

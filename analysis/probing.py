@@ -11,6 +11,7 @@ The packaged models were trained on most of these speeches, though on none of th
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -20,13 +21,13 @@ import numpy as np
 import tyro
 from jaxtyping import Bool, Float, Int
 from rich.console import Console
-from rich.progress import Progress
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from analysis.hosts import open_host
 from analysis.pooled import pooled_activations, sources_of
+from analysis.progress import make_progress
 from analysis.speeches import LABELS, Label, Passage, cut_passages, read_speeches
 from analysis.tables import Sheet, to_csv, to_markdown, to_rich
 from cayley_interp.files import write_atomically
@@ -85,7 +86,8 @@ def probe(
     if features.ndim != 2 or not len(features) == len(labels) == len(groups):
         raise ValueError(f"expected one label and group a row, got {features.shape}, {labels.shape}, {groups.shape}")
     if not np.isfinite(features).all():
-        raise ValueError("features must be finite: look for inf or nan in the activations")
+        bad = int((~np.isfinite(features)).any(1).sum())
+        raise ValueError(f"features of {bad} of {len(features)} texts are not finite: look for nan in the activations")
     for value in (False, True):
         if (n := len(np.unique(groups[labels == value]))) < FOLDS:
             raise ValueError(f"{n} groups have a text of class {value}, and {FOLDS} folds need as many each")
@@ -127,8 +129,18 @@ def _split(x: np.ndarray, y: np.ndarray, groups: np.ndarray, seed: int) -> list[
     return list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(x, y, groups))
 
 
-def probe_host(name: str, host: Host, layer: int, passages: list[Passage], seed: int = 0) -> list[ProbeRow]:
+def probe_host(
+    name: str,
+    host: Host,
+    layer: int,
+    passages: list[Passage],
+    seed: int = 0,
+    progress: Callable[[float], None] = lambda _: None,
+) -> list[ProbeRow]:
     """Every source of a host at one layer, pooled both ways, every label, every k.
+
+    Args:
+        progress: is told the share that is done.
 
     Raises:
         ValueError: what `pooled_activations` and `probe` raise.
@@ -136,15 +148,16 @@ def probe_host(name: str, host: Host, layer: int, passages: list[Passage], seed:
     texts = [passage.text for passage in passages]
     presidents = sorted({passage.speech.president for passage in passages})
     groups = np.array([presidents.index(passage.speech.president) for passage in passages])
-    rows = []
-    for source in sources_of(host):
+    rows, sources = [], sources_of(host)
+    for i, source in enumerate(sources):
         pooled = pooled_activations(host, texts, layer, source)
-        for (pooling, features), (label, ask) in product(pooled.items(), LABELS.items()):
+        for j, ((pooling, features), (label, ask)) in enumerate(product(pooled.items(), LABELS.items())):
             answers = [ask(passage.speech) for passage in passages]
             asked = np.array([answer is not None for answer in answers])
             labels = np.array([answer is True for answer in answers])
             for score in probe(features[asked], labels[asked], groups[asked], seed=seed):
                 rows.append(ProbeRow(name, layer, source, pooling, label, score))
+            progress((i + (j + 1) / (len(pooled) * len(LABELS))) / len(sources))
     return rows
 
 
@@ -200,17 +213,16 @@ def main(
         raise ValueError("name at least one model to probe")
     passages = cut_passages(read_speeches(), words, per_speech)
     out.mkdir(parents=True, exist_ok=True)
-    console, rows = Console(), []
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("", total=len(models))
+    rows: list[ProbeRow] = []
+    with make_progress() as bar:
         for name in models:
             host = open_host(name, device)
-            chosen = layers or (host.n_layers // 2,)
-            for layer in chosen:
-                bar.update(task, description=f"{name}, layer {layer}")
-                rows += probe_host(name, host, layer, passages, seed)
-                bar.advance(task, 1 / len(chosen))
-    sheets = to_sheets(rows)
+            for layer in layers or (host.n_layers // 2,):
+                task = bar.add_task(f"{name}, layer {layer}", total=1)
+                rows += probe_host(
+                    name, host, layer, passages, seed, lambda share, task=task: bar.update(task, completed=share)
+                )
+    console, sheets = Console(), to_sheets(rows)
     for sheet in sheets:
         console.print(to_rich(sheet))
     write_atomically(out / "probing.csv", to_csv(records(rows)))

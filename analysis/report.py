@@ -8,6 +8,7 @@ from pathlib import Path
 from analysis.evaluate import Evaluation
 from analysis.features import Context
 from analysis.figures import figures
+from analysis.mlp_worth import worth_nothing
 from analysis.page import RunFiles, count, gigabytes, write_page
 
 
@@ -29,6 +30,7 @@ def write_report(run_dir: Path, evaluation: Evaluation) -> Path:
         headline=headline(run, evaluation),
         losses=loss_ladder(evaluation),
         figures=figures(run.metrics, evaluation),
+        worthless=[layer for layer, worth in enumerate(evaluation.mlp_worths) if worth_nothing(worth)],
         contexts=lambda context: _highlighted(context, show),
         sample_prompt=[show[i] for i in evaluation.sample.prompt],
         sample_continuation=[show[i] for i in evaluation.sample.continuation],

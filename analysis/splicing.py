@@ -52,10 +52,15 @@ def spliced_sums(
         progress: is told the share of the text that is done.
 
     Raises:
-        ValueError: sequences of fewer than two tokens, or losses that are not finite.
+        ValueError: sequences of fewer than two tokens, none with a token to predict, or losses that are not finite.
     """
     if sequences.ndim != 2 or sequences.shape[1] < 2:
         raise ValueError(f"expected sequences of two tokens or more, got {tuple(sequences.shape)}")
+    if not keep_mask(host, sequences)[:, 1:].any():
+        raise ValueError(
+            f"the {len(sequences)} sequences of {sequences.shape[1]} tokens have none to predict: all behind the first "
+            f"are special tokens of {host.name}"
+        )
     parts: dict[str, list[Tensor]] = {name: [] for name in replacements}
     done = 0
     for ids in _batches(host, sequences):

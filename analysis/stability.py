@@ -88,8 +88,13 @@ class UnitMatcher:
             )
         acts = [t.flatten(0, -2) for t in (a, b)]
         units = tuple(t.shape[1] for t in acts)
-        if not all(t.isfinite().all() for t in acts):
-            raise ValueError("acts that are not finite: look for nan or inf in the weights or in what they read")
+        for name, t in zip("ab", acts, strict=True):
+            if not t.isfinite().all():
+                bad = int((~t.isfinite()).any(1).sum())
+                raise ValueError(
+                    f"acts of {name} are not finite at {bad} of {len(t)} tokens: look for nan or inf in the weights or "
+                    "in what they read"
+                )
         if not len(acts[0]):
             return
         if not self.tokens:

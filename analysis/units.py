@@ -68,8 +68,12 @@ class UnitCounter:
 
     def _count(self, tokens: int, units: Tensor, acts: Tensor) -> None:
         units, magnitude = units.cpu(), acts.double().abs().cpu()
-        if not magnitude.sum().isfinite():
-            raise ValueError("acts that are not finite: look for nan or inf in the weights or in what they read")
+        if not magnitude.isfinite().all():
+            bad = int((~magnitude.isfinite()).sum())
+            raise ValueError(
+                f"{bad} of {len(magnitude)} acts are not finite: look for nan or inf in the weights or in what they "
+                "read"
+            )
         n = len(self.ranks)
         selected = torch.bincount(units, minlength=n)
         self.tokens += tokens

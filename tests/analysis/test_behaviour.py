@@ -77,7 +77,13 @@ def test_batches_do_not_matter(host, sequences, mean, monkeypatch):
 
 
 def test_bad_input(host, sequences, mean):
-    with pytest.raises(ValueError, match="no mean is given"):
+    with pytest.raises(ValueError, match=r"no mean is given for Site\(layer=1"):
         measure_behaviour(host, {SITE: half(host)}, sequences, {})
-    with pytest.raises(ValueError, match="two tokens or more"):
+    with pytest.raises(ValueError, match=r"two tokens or more, got \(\d+, 1\)"):
         measure_behaviour(host, {SITE: half(host)}, sequences[:, :1], {SITE: mean})
+    with pytest.raises(ValueError, match=r"Site\(layer=1.* gave shape .* 16\), and its target has .* 32\)"):
+        measure_behaviour(host, {SITE: half(host)}, sequences, {SITE: mean[:16]})
+    with pytest.raises(ValueError, match="with the replacement spliced in gives losses that are not finite"):
+        measure_behaviour(host, {SITE: lambda x: x * torch.nan}, sequences, {SITE: mean})
+    with pytest.raises(ValueError, match="the 2 sequences of 9 tokens have none to predict"):
+        measure_behaviour(host, {SITE: half(host)}, torch.full((2, 9), host.bos_id), {SITE: mean})

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from analysis.dead_features import dead, dense, summarise, zombie
+from analysis.sparsity import bits_per_token
 from analysis.units import UnitCounter
 from molt_lens import matched_map
 
@@ -21,6 +22,7 @@ def test_dead_zombie_dense_by_construction():
     summary = summarise(counter)
     assert (summary.n_features, summary.dead, summary.zombie, summary.dense) == (6, 2, 2, 3)
     assert summary.l0 == pytest.approx(2.21)
+    assert summary.bits_per_token == pytest.approx(bits_per_token(counter))
     assert summary.median_frequency == pytest.approx(0.1)  # the lower of the two middle ones
 
 

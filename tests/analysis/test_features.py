@@ -1,18 +1,14 @@
-"""Features and their contexts, the display of tokens, and the evaluation as a whole."""
+"""Features and their contexts, and the display of tokens."""
 
-import json
 from itertools import chain
 
-import numpy as np
 import pytest
 import torch
 
-from analysis.evaluate import evaluate_run
 from analysis.features import choose_features, collect_features, top_contexts
 from analysis.tokens import token_strings, visible
 from analysis.units import UnitCounter
-from cayley_interp.losses import window_losses
-from tests.analysis.fabricated import HOSTILE, SPECIAL, evaluate, make_model, make_tokenizer, make_windows
+from tests.analysis.fabricated import HOSTILE, SPECIAL, make_model, make_tokenizer, make_windows
 
 LEVELS = "4,2,0;7,4,8"
 
@@ -67,49 +63,6 @@ def test_features_shown_are_neither_dense_nor_rare_where_there_is_a_choice():
 def test_a_vanilla_model_has_no_features_to_collect():
     with pytest.raises(ValueError, match="levels=None"):
         collect_features(make_model(None), make_windows(), batch_size=4)
-
-
-def test_evaluation_is_consistent_and_json():
-    model, windows = make_model(LEVELS).train(), make_windows()
-    evaluation = evaluate(LEVELS)
-    assert evaluation.val_loss == pytest.approx(window_losses(model, windows, 12).mean().item(), rel=1e-6)
-    assert evaluation.val_tokens == 12 * 16
-    scalars = json.loads(json.dumps(evaluation.scalars()))
-    assert [(row["layer"], row["level"]) for row in scalars["levels"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert [row["n_features"] for row in scalars["levels"]] == [16, 128, 16, 128]
-    assert scalars["levels"][0]["l0"] <= 2
-    assert evaluation.sample.prompt == windows[0, :16].tolist()
-    assert len(evaluation.sample.continuation) == 120
-    assert evaluate.__wrapped__(LEVELS).sample == evaluation.sample
-
-
-def test_evaluation_restores_the_mode_and_reports_progress():
-    model, seen = make_model(LEVELS).train(), []
-    windows = make_windows()
-    evaluate_run(
-        model,
-        make_tokenizer(),
-        np.arange(280),
-        windows,
-        batch_size=4,
-        progress=lambda what, share: seen.append((what, share)),
-    )
-    assert model.training
-    assert seen[-1] == ("collecting contexts", 1.0)
-
-
-def test_a_vanilla_evaluation_has_losses_only():
-    evaluation = evaluate(None)
-    assert evaluation.levels == evaluation.histograms == evaluation.features == []
-    assert evaluation.scalars()["levels"] == []
-
-
-@pytest.mark.parametrize("shape", [(0, 17), (2, 1), (2, 18)])
-def test_bad_windows_are_refused(shape: tuple[int, int]):
-    with pytest.raises(ValueError, match="expected val_windows of shape"):
-        evaluate_run(
-            make_model(None), make_tokenizer(), np.arange(9), torch.zeros(shape, dtype=torch.int64), batch_size=4
-        )
 
 
 def test_tokens_are_shown_by_bytes():

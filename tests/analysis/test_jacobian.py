@@ -22,7 +22,7 @@ from tests.analysis.autograd_jacobians import (
     jacobian_by_rows,
     replacement_of,
 )
-from tests.molt_lens.host_models import FAMILIES
+from tests.molt_lens.host_models import FAMILIES, tiny_host
 
 SITES = [
     *((family, Site(1)) for family in FAMILIES),
@@ -251,7 +251,7 @@ def test_errors_name_what_disagrees(gemma, x):
     good = replacement_of("molt", "topk:2", x, D)
     with pytest.raises(ValueError, match=r"maps 16 to 32 dimensions, and Site.* 32 to 32"):
         jacobian_faithfulness(gemma, POST_NORM, replacement_of("molt", "topk:2", x[:, :16], D), x)
-    with pytest.raises(ValueError, match="reads 32 dimensions"):
+    with pytest.raises(ValueError, match=r"x is \(12, 16\), and Site.* of Gemma3ForCausalLM reads 32 dimensions"):
         jacobian_faithfulness(gemma, POST_NORM, good, x[:, :16])
     with pytest.raises(ValueError, match="1 of 12 tokens of x are not finite"):
         jacobian_faithfulness(gemma, POST_NORM, good, torch.where(torch.arange(12)[:, None] == 3, torch.nan, x))
@@ -266,6 +266,10 @@ def test_errors_name_what_disagrees(gemma, x):
     good.eval()
     with pytest.raises(ValueError, match=r"control 'mean' is \(32, 16\), and Site.* is \(32, 32\)"):
         jacobian_faithfulness(gemma, POST_NORM, good, x, controls={"mean": torch.zeros(32, 16)})
+    with pytest.raises(ValueError, match="Gemma3ForCausalLM has layers 0 to 1, got layer 9"):
+        jacobian_faithfulness(gemma, Site(9), good, x)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no norm behind its MLPs, so no post_norm_out"):
+        jacobian_faithfulness(tiny_host("llama"), POST_NORM, good, x)
 
 
 def test_errors_of_coordinates(gemma, x):

@@ -53,6 +53,10 @@ def test_the_page_of_every_kind(kind, tmp_path):
     page = write_molt_report(make_run(tmp_path / "run", evaluation), evaluation).read_text()
     for figure in (evaluation.fit.nmse, evaluation.behaviour.ce_spliced, evaluation.floors["mean"].fvu):
         assert f"{figure:.4f}" in page
+    assert f"{evaluation.active_parameters:,.0f}" in page
+    assert f"{evaluation.bits_per_token:.1f}" in page
+    assert "<dt>Zombie units</dt>" in page
+    assert "<dt>Dense units</dt>" in page
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     plots = re.findall(r'data-plot="([^"]+)"', page)

@@ -61,7 +61,11 @@ def test_the_random_control_has_the_same_shape_and_its_own_statistics(cayley):
 def test_bad_input(cayley):
     assert sources_of(tiny_host()) == ["mlp_in", "resid"]
     assert sources_of(cayley) == ["codes", "random_codes", "mlp_in", "resid"]
-    with pytest.raises(ValueError, match="has no CayleySAE"):
+    with pytest.raises(ValueError, match="Gemma3ForCausalLM has layers 0 to 2, got layer 9"):
+        pooled_activations(tiny_host(), TEXTS, 9, "resid")
+    with pytest.raises(ValueError, match="0 texts to pool resid of layer 1 of Gemma3ForCausalLM"):
+        pooled_activations(tiny_host(), [], 1, "resid")
+    with pytest.raises(ValueError, match="Gemma3ForCausalLM has no CayleySAE"):
         pooled_activations(tiny_host(), TEXTS, 1, "codes")
     with pytest.raises(ValueError, match="no token after its first"):
         pooled_activations(cayley, ["a"], 1, "codes")

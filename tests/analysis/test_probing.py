@@ -76,8 +76,10 @@ def test_scale_and_constant_features_do_not_matter():
 def test_bad_input():
     labels, features = labels_and_noise()
     features[0, 0] = np.nan
-    with pytest.raises(ValueError, match="must be finite"):
+    with pytest.raises(ValueError, match=f"features of 1 of {N} texts are not finite"):
         probe(features, labels, GROUPS)
+    with pytest.raises(ValueError, match="0 groups have a text of class False, and 5 folds"):
+        probe(np.zeros((0, 3), np.float32), labels[:0], GROUPS[:0])
     with pytest.raises(ValueError, match="4 groups have a text of class True"):
         probe(np.zeros((N, 3), np.float32), (np.arange(N) < 40) & labels, GROUPS)
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from analysis.evaluate import Evaluation
+from analysis.figures import worth_figure
+from analysis.plots import ACCENT, GREY, rgb
 from analysis.report import write_report
+from cayley_interp.losses import PairedDifference
 from tests.analysis.fabricated import evaluate, make_run
 
 LEVELS = "4,2,0;7,4,8"
@@ -57,12 +60,14 @@ def test_report_of_a_cayley_gpt(tmp_path: Path, evaluation: Evaluation):
         "1.07 GB",
         "deadbeefdead",
         "Zombie",
+        "Bits / token",
+        f"{evaluation.levels[1][1].bits_per_token:.0f}",
         f"{evaluation.val_loss:.4f}",
         "model.n_layers",
     ):
         assert part in page.text
     plots = [attrs["id"] for _, attrs in page.tags if attrs.get("class") == "plot"]
-    assert plots == ["loss", "rates", "silent", "frequency-0", "frequency-1"]
+    assert plots == ["loss", "rates", "silent", "worth", "frequency-0", "frequency-1"]
     assert len([1 for tag, _ in page.tags if tag == "article"]) == len(evaluation.features)
     headings = [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert headings[0] == "h1"
@@ -92,13 +97,32 @@ def test_hostile_tokens_make_no_element_and_no_attribute(tmp_path: Path, evaluat
     assert "\\x00" in page.text
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
-    assert len([1 for tag, _ in page.tags if tag == "script"]) == 1 + 5 + 1  # plotly, figures, the page's own
+    assert len([1 for tag, _ in page.tags if tag == "script"]) == 1 + 6 + 1  # plotly, figures, the page's own
     assert not re.search("[\x00\u200f\u202e]", page.text)
 
 
 def test_name_of_the_run_is_escaped(tmp_path: Path, evaluation: Evaluation):
     path = write_report(make_run(tmp_path / "run", LEVELS, evaluation), evaluation)
     assert "<title>tiny &lt;b&gt;" in path.read_text(encoding="utf-8")
+
+
+def test_mlps_that_write_nothing_are_named(tmp_path: Path, evaluation: Evaluation, vanilla: Evaluation):
+    worths = [PairedDifference(0.5, 0.01, 12, 192), PairedDifference(0.01, 0.01, 12, 192)]
+    for levels, measured in ((LEVELS, evaluation), (None, vanilla)):
+        measured = replace(measured, mlp_worths=worths)
+        page = build(tmp_path / f"{levels}", levels, measured)
+        assert "over 192 of the validation tokens" in page.text
+        assert "Worth nothing here: the MLP of layer 1." in page.text
+        page = build(tmp_path / f"{levels}-lively", levels, replace(measured, mlp_worths=worths[:1] * 2))
+        assert "Worth nothing here" not in page.text
+
+
+def test_the_worth_of_mlps_is_drawn_with_three_standard_errors(evaluation: Evaluation):
+    worths = [PairedDifference(0.5, 0.01, 12, 192), PairedDifference(0.01, 0.01, 12, 192)]
+    (bars,) = worth_figure(replace(evaluation, mlp_worths=worths)).data
+    assert list(bars.y) == [0.5, 0.01]
+    assert list(bars.error_y.array) == [0.03, 0.03]
+    assert list(bars.marker.color) == [rgb(ACCENT), rgb(GREY)]
 
 
 @pytest.mark.parametrize("kept", [[], ["train_loss"], ["val_loss"]])

@@ -102,7 +102,9 @@ def test_what_cannot_be_matched_is_refused():
     matcher = matched(a, b)
     with pytest.raises(ValueError, match=r"3 and 5 units after some of \(3, 4\)"):
         matcher.add(a, torch.ones(200, 5))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="acts of a are not finite at 200 of 200 tokens"):
         matcher.add(a / 0, b)
+    with pytest.raises(ValueError, match="acts of b are not finite at 1 of 200 tokens"):
+        matcher.add(a, torch.where(torch.arange(200)[:, None] == 7, torch.nan, b))
     assert matcher.tokens == 200
     assert not math.isnan(matcher.match().mean())

@@ -113,7 +113,7 @@ def test_what_cannot_be_counted_is_refused_and_changes_nothing():
         counter.add_codes(torch.tensor([[1, 4]]), torch.ones(1, 2))
     with pytest.raises(ValueError, match="acts of 5 units for a counter of 4"):
         counter.add(torch.ones(1, 5))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="1 of 2 acts are not finite"):
         counter.add(torch.tensor([[1.0, math.nan, 0.0, 0.0]]))
     with pytest.raises(ValueError, match="4 ranks and 3 norms"):
         UnitCounter([1] * 4, torch.ones(3))
