@@ -17,6 +17,7 @@ import tyro
 from accelerate.utils import broadcast_object_list
 
 from analysis.evaluate import Evaluation, evaluate_run
+from analysis.mlp_worth import worth_nothing
 from analysis.report import write_report
 from cayley_interp.folder import save_pretrained
 from training.command import Command
@@ -145,6 +146,9 @@ def print_summary(evaluation: Evaluation) -> None:
                 f"layer {layer} level {level}: L0 {s.l0:.1f} of {s.n_features:,}; "
                 f"{s.dead:,} dead, {s.zombie:,} zombie, {s.dense:,} dense"
             )
+    for layer, worth in enumerate(evaluation.mlp_worths):
+        note = ": it writes nothing that the loss notices" if worth_nothing(worth) else ""
+        console.print(f"MLP of layer {layer} worth {worth.mean:.4f} ± {worth.standard_error:.4f} nats{note}")
 
 
 def describe(record: dict, config: RunConfig, end: int) -> str:
