@@ -1,6 +1,5 @@
 """Declared sweeps: which replacements are trained, each cell one run of the real training command."""
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +52,8 @@ class Sweep:
                     for seed in self.seeds:
                         yield Cell(layer, kind, gate, seed)
 
-    def command(self, cell: Cell, run_dir: Path, activations: Path) -> list[str]:
-        """What trains a cell, from its beginning or from where it stopped."""
-        train = [sys.executable, "-m", "training.train_molt"]
-        if (run_dir / "config.json").is_file():
-            return [*train, "--resume", str(run_dir)]
+    def arguments_of(self, cell: Cell, activations: Path) -> tuple[str, ...]:
+        """What starts the training of a cell, but for its run folder."""
         flags = {
             "layer": cell.layer,
             "kind": cell.kind,
@@ -67,9 +63,8 @@ class Sweep:
             "tokens": self.tokens,
             "epochs": self.epochs,
             "activation-cache": activations,
-            "out": run_dir,
         }
-        return [*train, self.recipe, *(part for k, v in flags.items() for part in (f"--{k}", str(v))), *self.arguments]
+        return (self.recipe, *(part for k, v in flags.items() for part in (f"--{k}", str(v))), *self.arguments)
 
     def shared(self) -> dict[str, object]:
         """What a cell's name does not say: it must be the same for all that share a folder."""
@@ -83,7 +78,7 @@ class Sweep:
 
 
 TRANSFORMS = tuple(f"batchtopk:{k}" for k in (1, 2, 4, 8))
-FEATURES = tuple(f"batchtopk:{k}" for k in (8, 16, 32, 64))
+FEATURES = tuple(f"batchtopk:{k}" for k in (8, 16, 32, 64, 128, 256))  # to the active ranks of MOLTs
 EXPERTS = tuple(f"topk:{k}" for k in (8, 16, 32, 64))
 
 GEMMA_270M = Sweep(

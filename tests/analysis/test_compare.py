@@ -217,6 +217,10 @@ def test_bad_names(runs, tmp_path):
     with pytest.raises(ValueError, match="is the folder of a run that has ended"):
         compare([str(Path(runs[0]) / "model")], SETTINGS, tmp_path)
     other = host_folder(tmp_path / "another", seed=1)
+    map = Replacement(matched_map("transcoder", 32, 32, n=1, gate="topk:5")).eval()
+    save_replacement(map, tmp_path / "foreign", host=load_host(other), site=SITE)
+    with pytest.raises(ValueError, match=r"foreign: .*another.*tiny-gemma"):
+        compare([runs[0], str(tmp_path / "foreign")], SETTINGS, tmp_path)
     with pytest.raises(ValueError, match=r"the held-out text is of .*tiny-gemma .* host is .*another"):
         compare(runs[:1], SETTINGS, tmp_path, host=str(other))
 

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from analysis.comparison import Settings
-from analysis.frontier import Frontier, Options, chosen, compare_layers, main, train_all
+from analysis.frontier import Frontier, Options, chosen, compare_layers, main
+from analysis.jobs import run_jobs
 from analysis.sweeps import SWEEPS, Sweep
 from tests.analysis.tiny_runs import tiny_flags
 from tests.helpers import ROOT, environment
@@ -26,12 +27,13 @@ def test_the_declared_sweep():
 
 
 def test_commands_are_read_by_the_training_command_as_meant():
-    for cell in list(SWEEPS["gemma-270m"].cells())[20:40:3]:
-        argv = SWEEPS["gemma-270m"].command(cell, Path("runs/x"), Path("acts"))
+    frontier = Frontier(SWEEPS["gemma-270m"], Path("x"))
+    for cell, job in list(frontier.jobs.items())[20:40:3]:
+        argv = job.command()
         config, out, resume = COMMAND.parse(argv[argv.index("training.train_molt") + 1 :])
         assert (config.layer, config.kind, config.gate, config.seed) == (cell.layer, cell.kind, cell.gate, cell.seed)
         assert (config.tokens, config.epochs, config.n, config.host) == (300_000, 2, 1, "gemma-3-270m")
-        assert (config.activation_cache, out, resume) == (Path("acts"), Path("runs/x"), False)
+        assert (config.activation_cache, out, resume) == (Path("x/activations"), Path(f"x/runs/{cell.name}"), False)
 
 
 def test_options_narrow_and_change():
@@ -69,26 +71,26 @@ def test_a_sweep_outlives_a_failure_goes_on_with_what_stopped_and_skips_what_is_
     gates = {"molt": ("topk:40",), "linear": ()}
     sweep = Sweep(layers=(1,), gates=gates, tokens=2048, epochs=1, arguments=flags)
     frontier = Frontier(sweep, tmp_path / "out")
-    impossible, linear = frontier.cells
+    impossible, linear = frontier.jobs.values()
     frontier.start()
 
     # As a run leaves its folder that is stopped before its first step.
-    command = frontier.command(linear)
+    command = linear.command()
     config, run_dir, _ = COMMAND.parse(command[command.index("training.train_molt") + 1 :])
     run_dir.mkdir()
     config = replace(config, optim=replace(config.optim, lr=config.peak_lr))
     (run_dir / "config.json").write_text(json.dumps(asdict(config), default=str))
-    assert "--resume" in frontier.command(linear)
+    assert "--resume" in linear.command()
 
-    assert train_all(frontier, 2, console) == [impossible]
-    assert "expected k from 1 to the 31 units" in " ".join(frontier.log(impossible).read_text().split())
-    assert frontier.is_done(linear)
-    assert frontier.share_done(impossible) == 0
+    assert run_jobs([impossible, linear], 2, console) == [impossible]
+    assert "expected k from 1 to the 31 units" in " ".join(impossible.log.read_text().split())
+    assert linear.is_done()
+    assert impossible.share_done() == 0
 
-    log = frontier.log(linear).read_text()
+    log = linear.log.read_text()
     possible = Frontier(replace(sweep, gates={"linear": ()}), tmp_path / "out")
-    assert train_all(possible, 1, console) == []
-    assert frontier.log(linear).read_text() == log
+    assert run_jobs(list(possible.jobs.values()), 1, console) == []
+    assert linear.log.read_text() == log
 
     settings = Settings(tokens=500, behaviour_tokens=256, jacobian_tokens=32)
     assert compare_layers(frontier, settings, console) == [tmp_path / "out" / "L1" / "index.html"]
