@@ -22,7 +22,7 @@ from training.train_molt import COMMAND
 
 def test_the_declared_sweep():
     cells = list(SWEEPS["gemma-270m"].cells())
-    assert len(cells) == len({cell.name for cell in cells}) == 3 * (5 * 4 + 1)
+    assert len(cells) == len({cell.name for cell in cells}) == 3 * (3 * 4 + 2 * 6 + 1)
     assert {cell.layer for cell in SWEEPS["gemma-270m-L9"].cells()} == {9}
 
 
