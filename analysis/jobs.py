@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +63,13 @@ class Job:
 def run_jobs(jobs: list[Job], at_once: int, console: Console) -> list[Job]:
     """Run what is not done, `at_once` at a time; returns the jobs that failed, the others are not stopped by them.
 
-    Whatever ends it, KeyboardInterrupt included, ends the runs; they go on from their checkpoints next time.
+    Whatever ends it ends the runs, which go on from their checkpoints next time: an interrupt, and a SIGTERM, which
+    raises KeyboardInterrupt too. Runs left behind would write the same folders as those that are started next.
     """
     waiting = [job for job in jobs if not job.is_done()]
     running: dict[Job, subprocess.Popen[bytes]] = {}
     done, failed = len(jobs) - len(waiting), list[Job]()
-    with make_progress(console=console) as bar:
+    with make_progress(console=console) as bar, _sigterm_interrupts():
         task = bar.add_task("", total=len(jobs), completed=done)
         try:
             while waiting or running:
@@ -90,6 +94,22 @@ def run_jobs(jobs: list[Job], at_once: int, console: Console) -> list[Job]:
             for process in running.values():
                 process.wait()
     return failed
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def say_what_failed(failed: list[Job], console: Console) -> None:

@@ -2,11 +2,15 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 from rich.console import Console
 
-from analysis.jobs import Job, check_at_once, claim_folder, run_jobs, say_what_failed
+from analysis.jobs import ROOT, Job, check_at_once, claim_folder, run_jobs, say_what_failed
 
 SCRIPT = """
 import sys
@@ -50,6 +54,32 @@ def test_a_run_that_was_stopped_goes_on(job):
     (begun.run_dir / "config.json").write_text('{"max_steps": 1}')
     assert run_jobs([begun], 1, Console(quiet=True)) == []
     assert begun.log.read_text() == f"--resume {begun.run_dir}\n"
+
+
+QUEUE = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from analysis.jobs import ROOT, Job, run_jobs
+folder = Path(sys.argv[1])
+run_jobs([Job("sleeps", "script_that_sleeps", (), folder / "run", folder / "log")], 1, Console(quiet=True))
+"""
+
+
+def test_a_queue_that_is_told_to_end_ends_its_runs(tmp_path):
+    (tmp_path / "script_that_sleeps.py").write_text(
+        "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    queue = subprocess.Popen([sys.executable, "-c", QUEUE, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    log = tmp_path / "log"
+    while not (log.is_file() and log.read_text().endswith("\n")):
+        assert queue.poll() is None
+        time.sleep(0.05)
+    queue.terminate()
+    assert queue.wait(30) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
 
 
 @pytest.mark.parametrize(
