@@ -19,7 +19,7 @@ from analysis.hosts import open_host
 from analysis.matched import TokenTax, Validation, token_tax, validations
 from analysis.page import RunFiles
 from analysis.parity import Subject, common_shards, open_subject
-from analysis.probing import ProbeRow, ProbeScore, probe_host
+from analysis.probing import PER_SPEECH, WORDS, ProbeRow, ProbeScore, probe_host
 from analysis.progress import make_progress
 from analysis.shards import TokenShards, read_windows
 from analysis.speeches import cut_passages, read_speeches
@@ -31,8 +31,6 @@ DEFINITIONS = 1
 """Raised when a figure changes its meaning, so that older ones are not found again."""
 BATCH_SIZE = 16
 ALL_TOKENS = 1 << 40
-PASSAGE = {"words": 100, "per_speech": 4}
-"""Words of a probed passage, and most passages of a speech."""
 
 ProbeSeeds = Literal["none", "one", "all"]
 
@@ -217,10 +215,10 @@ def _losses(subject: Subject, shards: TokenShards, kept: Kept, key: Figures) -> 
 
 
 def _probes(place: Place, kept: Kept, key: Figures, device: str) -> list[ProbeRow]:
-    key = key | PASSAGE | {"part": "probes"}
+    key = key | {"part": "probes", "words": WORDS, "per_speech": PER_SPEECH}
     if (found := kept.find(key)) is None:
         host = open_host(str(place.run_dir), device)
-        passages = cut_passages(read_speeches(), PASSAGE["words"], PASSAGE["per_speech"])
+        passages = cut_passages(read_speeches(), WORDS, PER_SPEECH)
         rows = probe_host(place.name, host, host.n_layers // 2, passages)
         found = {"rows": [asdict(row) for row in rows]}
         kept.keep(key, found)

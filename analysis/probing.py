@@ -41,6 +41,9 @@ PENALTIES = (0.001, 0.01, 0.1, 1.0)
 
 FOLDS = 5
 
+WORDS, PER_SPEECH = 100, 4
+"""Words of a probed passage, and most passages of a speech."""
+
 
 @dataclass(frozen=True)
 class ProbeScore:
@@ -193,8 +196,8 @@ def main(
     models: tyro.conf.Positional[tuple[str, ...]],
     out: Path,
     layers: tuple[int, ...] = (),
-    words: int = 100,
-    per_speech: int = 4,
+    words: int = WORDS,
+    per_speech: int = PER_SPEECH,
     seed: int = 0,
     device: str = "cpu",
 ) -> None:

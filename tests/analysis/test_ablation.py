@@ -212,7 +212,8 @@ FLAGS = [
 @pytest.mark.slow
 def test_two_variants_and_two_seeds_end_to_end_and_nothing_trained_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("analysis.variants.VARIANTS", SMALL)
-    monkeypatch.setattr("analysis.ablation_results.PASSAGE", {"words": 30, "per_speech": 1})
+    monkeypatch.setattr("analysis.ablation_results.WORDS", 30)
+    monkeypatch.setattr("analysis.ablation_results.PER_SPEECH", 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out, corpus = tmp_path / "out", small_corpus(tmp_path / "corpus")
     flags = (*FLAGS, "--data", str(corpus))
