@@ -172,7 +172,7 @@ class MLP(nn.Module):
         self.fc_in = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
         self.fc_out = nn.Linear(4 * config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return self.fc_out(F.gelu(self.fc_in(x)))
 
 

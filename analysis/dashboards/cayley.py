@@ -1,0 +1,70 @@
+"""A Cayley-GPT's features as a source of dashboards: every level of every block's bottleneck is a group."""
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from analysis.dashboards.sources import Codes, Group, centred, zeroed
+from cayley_interp import CayleyGPT, LevelCodes
+
+
+class CayleySource:
+    def __init__(self, model: CayleyGPT, name: str, batch_size: int = 8):
+        """
+        Raises:
+            ValueError: a vanilla model.
+        """
+        if not model.bottlenecks():
+            raise ValueError(f"{name} has levels=None: a vanilla model has no features of its own to show")
+        self.model, self.name, self.batch_size = model.eval(), name, batch_size
+        self.groups = [
+            Group(f"L{layer}.{i}", layer, i, "cayley", [1] * 2**level.n)
+            for layer, sae in enumerate(model.bottlenecks())
+            for i, level in enumerate(sae.levels)
+        ]
+
+    @torch.no_grad()
+    def run(self, windows: Int64[Tensor, "window pos"], counted: Bool[Tensor, "window pos"]) -> "CayleyPass":
+        device = self.model.tok.weight.device
+        codes: list[tuple[LevelCodes, ...]] = []
+        residual = self.model._residual(windows.to(device), codes)
+        return CayleyPass(self, codes, residual, counted.to(device))
+
+    @torch.no_grad()
+    def logits(self, written: Float[Tensor, "event d_model"]) -> Float[Tensor, "event d_vocab"]:
+        head = self.model.head
+        return centred(head(written.to(head.weight)))
+
+
+class CayleyPass:
+    def __init__(
+        self,
+        source: CayleySource,
+        codes: list[tuple[LevelCodes, ...]],
+        residual: Float[Tensor, "window pos d_model"],
+        counted: Bool[Tensor, "window pos"],
+    ):
+        self._source, self._of_layer = source, codes
+        self.codes: list[Codes] = [zeroed((c.indices, c.values), counted) for layer in codes for c in layer]
+        # The final norm is x * gain / rms(x): linear once its scale at a token is given.
+        norm = source.model.norm_f
+        eps = norm.eps if norm.eps is not None else torch.finfo(residual.dtype).eps
+        self._gain = norm.weight / (residual.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    @torch.no_grad()
+    def writes(
+        self, group: int, window: Int64[Tensor, " event"], pos: Int64[Tensor, " event"], unit: Int64[Tensor, " event"]
+    ) -> Float[Tensor, "event d_model"]:
+        """MLP(h) - MLP(h - f D_u): the bottleneck's output with the feature and without it, through the layer's MLP."""
+        place = self._source.groups[group]
+        block = self._source.model.blocks()[place.layer]
+        assert block.sparse is not None
+        assert place.level is not None
+        device = self._gain.device
+        window, pos, unit = window.to(device), pos.to(device), unit.to(device)
+        own = tuple(LevelCodes(c.indices[window, pos], c.values[window, pos]) for c in self._of_layer[place.layer])
+        level = own[place.level]
+        without = LevelCodes(level.indices, level.values.masked_fill(level.indices == unit[:, None], 0))
+        changed = tuple(without if i == place.level else codes for i, codes in enumerate(own))
+        with_it, without_it = (block.mlp(block.sparse.decode(c).to(self._gain.dtype)) for c in (own, changed))
+        return (with_it - without_it) * self._gain[window, pos]

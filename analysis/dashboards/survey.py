@@ -1,0 +1,78 @@
+"""The first pass over a text: every unit counted, its strongest events and a random sample of all kept.
+
+Memory holds one batch of codes and so many events of every unit, however long the text.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import log2
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analysis.dashboards.events import NOWHERE, BestEvents, events_of, priorities, strongest_of_windows
+from analysis.dashboards.sources import Codes, Pass, Source, Text
+from analysis.units import UnitCounter
+
+Progress = Callable[[str, float], None]
+
+STRONGEST, SAMPLED = 12, 48
+"""Events kept of every unit: its strongest, one a window, and a random sample."""
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """A group's units after the first pass."""
+
+    counter: UnitCounter
+    strongest: BestEvents
+    sample: BestEvents
+
+    def entropies(self, text: Text) -> Float[Tensor, " unit"]:
+        """Bits of the distribution of tokens at which each unit's sampled events are; nan for a dead unit.
+
+        At most log2 of the sample's size; 0 for a unit of one token.
+        """
+        tokens = text.windows.flatten()
+        found = torch.full((len(self.sample.token),), torch.nan)
+        for unit in (self.counter.opened > 0).nonzero().flatten().tolist():
+            own = self.sample.token[unit]
+            counts = Counter(tokens[own[own != NOWHERE]].tolist())
+            n = sum(counts.values())
+            found[unit] = sum(c / n * log2(n / c) for c in counts.values())
+        return found
+
+
+def survey(source: Source, text: Text, progress: Progress | None = None) -> list[Survey]:
+    """The first pass: counts of every unit, its strongest events and a random sample of all; one for each group."""
+    surveys = [
+        Survey(UnitCounter(g.ranks, g.norms), BestEvents(g.n_units, STRONGEST), BestEvents(g.n_units, SAMPLED))
+        for g in source.groups
+    ]
+    for rows, run in passes(source, text, "counting units", progress):
+        first, counted = rows.start * text.n_ctx, text.counted[rows]
+        for own, codes in zip(surveys, run.codes, strict=True):
+            _count(own.counter, codes, counted)
+            events = events_of(codes, first)
+            strongest = strongest_of_windows(events, text.n_ctx)
+            own.strongest.add(strongest, strongest.act.abs())
+            own.sample.add(events, priorities(events))
+    return surveys
+
+
+def _count(counter: UnitCounter, codes: Codes, counted: Tensor) -> None:
+    if isinstance(codes, Tensor):
+        counter.add(codes[counted.to(codes.device)])
+    else:
+        counter.add_codes(*(t[counted.to(t.device)] for t in codes))
+
+
+def passes(source: Source, text: Text, what: str, progress: Progress | None) -> Iterator[tuple[slice, Pass]]:
+    """Rows of each batch of windows, and the model run over them."""
+    for start in range(0, len(text.windows), source.batch_size):
+        rows = slice(start, min(start + source.batch_size, len(text.windows)))
+        yield rows, source.run(text.windows[rows], text.counted[rows])
+        if progress is not None:
+            progress(what, rows.stop / len(text.windows))
