@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?=
 
-.PHONY: install train molt test test-slow test-tl4 check bench format clean
+.PHONY: install train molt test test-slow test-tl4 check bench docs docs-serve format clean
 
 install: $(VENV)/.installed
 
@@ -69,6 +69,18 @@ bench: $(VENV)/.installed-dev $(VENV)/.installed-gemma
 	$(BIN)/python -m tests.benchmarks.bench_molt
 	$(BIN)/python -m tests.benchmarks.bench_activations
 	$(BIN)/python -m tests.benchmarks.bench_jacobian
+
+# The site, built strictly: a warning is an error.
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	@echo "site: $(CURDIR)/docs/_build/html/index.html"
+
+docs-serve: docs
+	$(BIN)/python -m http.server --directory docs/_build/html
 
 clean:
 	rm -rf $(VENV) $(TL4) .pytest_cache .ruff_cache .hypothesis
