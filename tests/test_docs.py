@@ -1,0 +1,103 @@
+"""The documentation tells the truth: every command is one that its script understands, every link leads somewhere."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+VARIABLES = {"$seed": "0", "$recipe": "tiny"}
+"""Of loops in commands."""
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every command, comments and loops left out."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = re.sub(r"^for .* do$|^(for .*; do )|^done$", "", line.strip())
+                for part in re.split(r"; do |; |&& ", line):
+                    for variable, value in VARIABLES.items():
+                        part = part.replace(variable, value)
+                    words = [w for w in shlex.split(part, comments=True) if w not in ("do", "done", "for")]
+                    while words and "=" in words[0] and not words[0].startswith("-"):
+                        words = words[1:]
+                    if words:
+                        found.append((page.name, words))
+    return found
+
+
+COMMANDS = commands()
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 50
+    assert {page for page, _ in COMMANDS} >= {"README.md", "molt.md", "training.md", "results.md"}
+
+
+@pytest.mark.parametrize("words", [w for _, w in COMMANDS], ids=[f"{p}: {' '.join(w)[:60]}" for p, w in COMMANDS])
+def test_a_command_is_understood(words):
+    if words[0] == "accelerate":
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        words = ["python", *words[script:]]
+    if words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    elif words[0] == "python":
+        module = words[2] if words[1] == "-m" else words[1].removesuffix(".py").replace("/", ".")
+        parse(module, words[3:] if words[1] == "-m" else words[2:])
+    elif words[0].endswith("pip"):
+        extras = re.search(r"\.\[([\w,]+)\]", " ".join(words))
+        for extra in extras[1].split(",") if extras else ():
+            assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE), extra
+    else:
+        assert words[0] in ("git", "cd", ".venv/bin/jupyter"), words
+
+
+def parse(module: str, argv: list[str]) -> None:
+    """By the script's own parser; SystemExit where it does not understand."""
+    loaded = importlib.import_module(f"{module}.__main__" if module == "analysis.dashboards" else module)
+    if argv == ["--help"] or module.startswith("tests.benchmarks"):
+        assert callable(loaded.main if module.startswith("tests") else loaded.COMMAND.parse)
+    elif hasattr(loaded, "COMMAND"):
+        if argv[:1] == ["--resume"]:  # of a run that is not there
+            assert len(argv) == 2
+        else:
+            loaded.COMMAND.parse(argv)
+    elif module == "training.data":
+        tyro.extras.get_parser(getattr(loaded, argv[0])).parse_args(argv[1:])
+    elif module == "cayley_interp.convert":
+        assert len(argv) == 2
+    else:
+        asked = getattr(loaded, "Options", None) or getattr(loaded, "main", None) or loaded.match
+        tyro.extras.get_parser(asked).parse_args(argv[: argv.index("--")] if "--" in argv else argv)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_compiles_and_imports_what_there_is(page):
+    for block in blocks(page, "python"):
+        if block.lstrip().startswith("load_pretrained(name_or_path"):  # a signature
+            continue
+        compile(block, page.name, "exec")
+        for line in re.findall(r"^(?:from|import) .*$", block, re.MULTILINE):
+            exec(line, {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http", "#")):
+            continue
+        path = target.split("#")[0]
+        if page.parent.name == "docs":  # where the site has a copy
+            path = re.sub("^notebooks/", "../analysis/notebooks/", path)
+        assert (page.parent / path).exists(), target
