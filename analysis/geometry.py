@@ -14,6 +14,7 @@ reaches it.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -210,6 +211,7 @@ def spectrum_figure(spectra: Mapping[str, CoherenceSpectrum]) -> "Figure":
     return figure
 
 
+@lru_cache(maxsize=4)
 def _inner_products_by_difference(dictionary: CayleyDictionary) -> Float[Tensor, " size"]:
     """<D_u, D_v> at u xor v without the transform's rounding: each is an integer over d, and ties are ties."""
     return dictionary.spectrum().mul(dictionary.d).round() / dictionary.d

@@ -53,6 +53,14 @@ class Norm:
         rows = rows * self.gain
         return rows - rows.mean(-1, keepdim=True) if self.centred else rows
 
+    def carry(
+        self, added: Float[Tensor, "*batch d"], r: Float[Tensor, "*batch 1"] | float
+    ) -> Float[Tensor, "*batch d"]:
+        """What becomes of something added to x when r stays what it is."""
+        if self.centred:
+            added = added - added.mean(-1, keepdim=True)
+        return added * self.gain / r
+
 
 @dataclass(frozen=True, eq=False)
 class Trace:
@@ -165,8 +173,8 @@ def read_true_mlp(host: Host, site: Site, dtype: torch.dtype = torch.float64) ->
         writes=write.to(dtype, copy=True).contiguous(),
         write_bias=None if write_bias is None else write_bias.to(dtype, copy=True),
         activation=activation,
-        pre_norm=_read_norm(modules.input_module, dtype) if site.input == "pre_norm_in" else None,
-        post_norm=_read_norm(modules.post_norm, dtype) if site.target == "post_norm_out" else None,
+        pre_norm=read_norm(modules.input_module, dtype) if site.input == "pre_norm_in" else None,
+        post_norm=read_norm(modules.post_norm, dtype) if site.target == "post_norm_out" else None,
         bottleneck=None if bottleneck is None else copy.deepcopy(bottleneck).eval().requires_grad_(False),
     )
 
@@ -189,7 +197,12 @@ def _read_mlp(mlp: Any, where: str) -> tuple[list[Tensor], list[Tensor] | None, 
     return [linear.weight for linear in reads], known, (write.weight.T, write.bias), activation
 
 
-def _read_norm(norm: Any, dtype: torch.dtype) -> Norm:
+def read_norm(norm: Any, dtype: torch.dtype) -> Norm:
+    """The weights of a LayerNorm or RMSNorm.
+
+    Raises:
+        ValueError: it is neither, or has no weight.
+    """
     name = type(norm).__name__
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if "Norm" not in name or not isinstance(getattr(norm, "weight", None), Tensor):

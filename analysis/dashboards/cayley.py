@@ -1,5 +1,7 @@
 """A Cayley-GPT's features as a source of dashboards: every level of every block's bottleneck is a group."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -9,18 +11,25 @@ from cayley_interp import CayleyGPT, LevelCodes
 
 
 class CayleySource:
-    def __init__(self, model: CayleyGPT, name: str, batch_size: int = 8):
+    def __init__(self, model: CayleyGPT, name: str, batch_size: int = 8, layers: Sequence[int] | None = None):
         """
+        Args:
+            layers: whose units are the groups; by default all.
+
         Raises:
-            ValueError: a vanilla model.
+            ValueError: a vanilla model, or layers that the model does not have.
         """
         if not model.bottlenecks():
             raise ValueError(f"{name} has levels=None: a vanilla model has no features of its own to show")
+        n_layers = len(model.bottlenecks())
+        self.layers = sorted(set(range(n_layers) if layers is None else layers))
+        if not self.layers or not set(self.layers) <= set(range(n_layers)):
+            raise ValueError(f"layers {list(layers or [])} of {name}: expected some of 0 to {n_layers - 1}")
         self.model, self.name, self.batch_size = model.eval(), name, batch_size
-        self.groups = [
+        self.groups: Sequence[Group] = [
             Group(f"L{layer}.{i}", layer, i, "cayley", [1] * 2**level.n)
-            for layer, sae in enumerate(model.bottlenecks())
-            for i, level in enumerate(sae.levels)
+            for layer in self.layers
+            for i, level in enumerate(model.bottlenecks()[layer].levels)
         ]
 
     @torch.no_grad()
@@ -45,7 +54,7 @@ class CayleyPass:
         counted: Bool[Tensor, "window pos"],
     ):
         self._source, self._of_layer = source, codes
-        self.codes: list[Codes] = [zeroed((c.indices, c.values), counted) for layer in codes for c in layer]
+        self.codes: list[Codes] = [zeroed((c.indices, c.values), counted) for i in source.layers for c in codes[i]]
         # The final norm is x * gain / rms(x): linear once its scale at a token is given.
         norm = source.model.norm_f
         eps = norm.eps if norm.eps is not None else torch.finfo(residual.dtype).eps

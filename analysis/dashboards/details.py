@@ -58,8 +58,8 @@ class Details:
     co_firing: list[tuple[int, float, float]]
     """Unit of its own group, share of this unit's sampled events at which that is open too, and this over its
     frequency."""
-    written: Float[Tensor, " d_model"]
-    """Mean over its strongest events of what it writes, as the unembedding sees it."""
+    written: Float[Tensor, " d_model"] | None
+    """Mean over its strongest events of what it writes, as the unembedding sees it; None without a direct path."""
 
 
 def look_at(
@@ -69,19 +69,22 @@ def look_at(
     chosen: Sequence[Sequence[int]],
     progress: Progress | None = None,
 ) -> list[list[Details]]:
-    """Details of the chosen units of each group, by number.
+    """Details of the chosen units of each group, by number; a group of which none is chosen costs nothing.
 
     Raises:
         ValueError: a unit that has no events: there is nothing to look at.
     """
     looks = [
         _Look(text, own, torch.tensor(sorted(units), dtype=torch.int64), f"{group.name} of {source.name}")
+        if units
+        else None
         for group, own, units in zip(source.groups, surveys, chosen, strict=True)
     ]
     for rows, run in passes(source, text, "looking at units", progress):
         for group, look in enumerate(looks):
-            look.add(rows, run, group)
-    return [look.details() for look in looks]
+            if look is not None:
+                look.add(rows, run, group)
+    return [[] if look is None else look.details() for look in looks]
 
 
 class _Look:
@@ -134,6 +137,7 @@ class _Look:
         events = events_of(codes, first)
         own = self.row[events.unit] >= 0
         self._count(Events(events.token[own], self.row[events.unit[own]], events.act[own]))
+        self._count_company(codes, events, first)
         here = ((self.wanted.token >= first) & (self.wanted.token < last)).nonzero().flatten()
         if not len(here):
             return
@@ -142,11 +146,7 @@ class _Look:
         self.acts[here] = self._acts_about(codes, window, pos, unit)
         strongest = torch.tensor([self.which[i] == "strongest" for i in here.tolist()])
         if strongest.any():
-            written = run.writes(group, window[strongest], pos[strongest], unit[strongest]).float().cpu()
-            if self.written is None:
-                self.written = torch.zeros(len(self.units), written.shape[1])
-            self.written.index_add_(0, row[strongest], written)
-        self._count_company(codes, events, first)
+            self._add_written(row[strongest], run.writes(group, window[strongest], pos[strongest], unit[strongest]))
 
     def _count(self, events: Events) -> None:
         """`unit` is the row."""
@@ -164,6 +164,13 @@ class _Look:
         new = document > self.last_document[row]
         self.documents += torch.bincount(row[new], minlength=len(self.documents))
         self.last_document.scatter_reduce_(0, row, document, "amax")
+
+    def _add_written(self, row: Tensor, written: Tensor | None) -> None:
+        if written is None:
+            return
+        if self.written is None:
+            self.written = torch.zeros(len(self.units), written.shape[1])
+        self.written.index_add_(0, row, written.float().cpu())
 
     def _acts_about(self, codes: Codes, window: Tensor, pos: Tensor, unit: Tensor) -> Float[Tensor, "event place"]:
         """Acts of a unit at the tokens about one; 0 outside the window."""
@@ -212,8 +219,7 @@ class _Look:
         shares = self.by_position / per_part.clamp_min(1)
         contexts = self._contexts()
         n_strongest = (self.survey.strongest.token[self.units] != NOWHERE).sum(1)
-        assert self.written is not None
-        written = self.written / n_strongest[:, None]
+        written = None if self.written is None else self.written / n_strongest[:, None]
         return [
             Details(
                 unit=unit,
@@ -223,7 +229,7 @@ class _Look:
                 by_position=shares[row].tolist(),
                 documents=int(self.documents[row]),
                 co_firing=self._co_firing(row),
-                written=written[row],
+                written=None if written is None else written[row],
             )
             for row, unit in enumerate(self.units.tolist())
         ]

@@ -68,11 +68,11 @@ class Pass(Protocol):
 
     def writes(
         self, group: int, window: Int64[Tensor, " event"], pos: Int64[Tensor, " event"], unit: Int64[Tensor, " event"]
-    ) -> Float[Tensor, "event d_model"]:
+    ) -> Float[Tensor, "event d_model"] | None:
         """What units add to the residual stream at tokens of the batch where they are open, seen by the unembedding.
 
         The direct path only: through the unit's own MLP where it feeds one, then the final norm at the scale it has at
-        that token, no later layer in between.
+        that token, no later layer in between. None of a group whose units do not write to the residual stream.
         """
         ...
 

@@ -4,7 +4,7 @@ Memory holds one batch of codes and so many events of every unit, however long t
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import log2
 
@@ -35,13 +35,20 @@ class Survey:
 
         At most log2 of the sample's size; 0 for a unit of one token.
         """
-        tokens = text.windows.flatten()
         found = torch.full((len(self.sample.token),), torch.nan)
-        for unit in (self.counter.opened > 0).nonzero().flatten().tolist():
+        alive = (self.counter.opened > 0).nonzero().flatten().tolist()
+        found[alive] = torch.tensor(self.entropies_of(text, alive))
+        return found
+
+    def entropies_of(self, text: Text, units: Sequence[int]) -> list[float]:
+        """Of some units that open."""
+        tokens = text.windows.flatten()
+        found = []
+        for unit in units:
             own = self.sample.token[unit]
             counts = Counter(tokens[own[own != NOWHERE]].tolist())
             n = sum(counts.values())
-            found[unit] = sum(c / n * log2(n / c) for c in counts.values())
+            found.append(sum(c / n * log2(n / c) for c in counts.values()))
         return found
 
 
