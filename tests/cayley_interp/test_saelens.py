@@ -253,7 +253,10 @@ def test_configs_that_cannot_work_are_refused(fields, complaint):
 
 
 def test_importing_again_registers_again(tmp_path, monkeypatch):
-    monkeypatch.setitem(SAE_CLASS_REGISTRY, "cayley", SAE_CLASS_REGISTRY["cayley"])  # put back afterwards
+    # All put back afterwards: other tests hold the classes of the first import.
+    monkeypatch.setitem(SAE_CLASS_REGISTRY, "cayley", SAE_CLASS_REGISTRY["cayley"])
+    for name, value in vars(cayley_interp.saelens).items():
+        monkeypatch.setattr(cayley_interp.saelens, name, value)
     importlib.reload(cayley_interp.saelens)
     cayley_interp.saelens.cayley_sae(make_model(), 0).save_model(tmp_path)
     assert isinstance(SAE.load_from_disk(tmp_path), cayley_interp.saelens.CayleyInferenceSAE)
