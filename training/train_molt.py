@@ -31,6 +31,7 @@ from molt_lens.opening import open_replacement
 from molt_lens.packing import keep_mask
 from molt_lens.penalties import starting_open_rate
 from molt_lens.reference import reference_molt, set_reference_statistics
+from training.checkpoint import checkpoints
 from training.command import Command
 from training.display import console, make_progress
 from training.environment import peak_memory
@@ -149,7 +150,8 @@ def make_replacements(
 ) -> tuple[Replacement, Replacement]:
     """The replacement to train, its scales set from data, and the ridge map that is its floor.
 
-    The statistics and the floor come from the first tokens of the store; a run that goes on finds them in its folder.
+    The statistics and the floor come from the first tokens of the store; a run that goes on from a checkpoint finds
+    them in its folder.
     """
     torch.manual_seed(config.seed)
     d = host.d_model
@@ -162,7 +164,11 @@ def make_replacements(
     replacement = Replacement(made).to(host.device)
     ridge_folder = run_dir / "ridge"
     if resume and (ridge_folder / "config.json").is_file():
-        return replacement, load_replacement(ridge_folder)[0].to(host.device)
+        ridge = load_replacement(ridge_folder)[0].to(host.device)
+        if config.kind == "linear":
+            return ridge, ridge
+        if checkpoints(run_dir):  # which brings the statistics; a run that was killed before has none yet
+            return replacement, ridge
     n_tokens = min(MOMENTS_TOKENS, config.tokens)
     moments = store.moments(n_tokens)
     ridge = Replacement(LinearMap(d, d)).to(host.device)

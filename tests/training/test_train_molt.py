@@ -1,6 +1,7 @@
 """The real script on a tiny real host: what it leaves, that it learns, that it can be killed, and bad input."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,21 @@ def test_baselines_by_the_same_command(choice, arguments, tmp_path):
     assert 0 < final["fit"]["nmse"] < 1.5
     if choice == ["--kind", "linear"]:
         assert final["fit"] == final["floors"]["ridge"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "molt"])
+def test_a_run_killed_between_its_floor_and_its_first_checkpoint_goes_on_alike(kind, arguments, tmp_path):
+    """Without its statistics a map would train all the same, on activations that nobody standardised."""
+    run = tmp_path / "run"
+    assert COMMAND.main([*arguments, "--tokens", "2048", "--kind", kind, "--out", str(run)]) == 0
+    whole = load_replacement(run / "model")[0].state_dict()
+    for made in ("model", "checkpoints"):
+        shutil.rmtree(run / made, ignore_errors=True)
+    for made in ("metrics.jsonl", "report.html"):
+        (run / made).unlink()
+    assert COMMAND.main(["--resume", str(run)]) == 0
+    again = load_replacement(run / "model")[0].state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
 def test_a_cayley_gpt_is_a_host(arguments, tmp_path):
