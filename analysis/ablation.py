@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from analysis.ablation_page import write_ablation_page
 from analysis.ablation_results import Place, ProbeSeeds, Results, measure
 from analysis.ablation_tables import about, loss_sheet, records, sheets, short
+from analysis.command_line import run_queue
 from analysis.comparison import Kept
 from analysis.jobs import Job, check_at_once, claim_folder, run_jobs, say_what_failed
 from analysis.matched import read_config, validations
@@ -192,15 +192,7 @@ def write_results(results: Results, ablation: Ablation) -> Path:
 
 def main(argv: list[str]) -> int:
     """Exit status: 1 where a run failed, 2 with one line for what was wrong, 130 when interrupted."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    try:
-        return run(tyro.cli(Options, args=argv[:end], prog="python -m analysis.ablation"), tuple(argv[end + 1 :]))
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_queue(Options, run, "analysis.ablation", argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ figures compare sources with one another and not with the published ones.
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from rich.console import Console
 from scipy.optimize import linear_sum_assignment
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from analysis.command_line import run_command
 from analysis.hosts import open_host
 from analysis.pooled import Source, pooled_activations, sources_of
 from analysis.progress import make_progress
@@ -232,7 +232,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m analysis.ce_bench")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, "analysis.ce_bench")

@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 
 from analysis.at_equal import sheet_at_equal
+from analysis.command_line import run_command
 from analysis.comparison import PARTS, Kept, Measured, Settings, measure_site
 from analysis.comparison_page import write_comparison_page
 from analysis.comparison_tables import SHORT, By, Comparison, lines_of, points_of, records, sheet_of
@@ -179,9 +180,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m analysis.compare")
-    except KeyboardInterrupt:
-        sys.exit("stopped: what was measured is kept, the same command goes on")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, "analysis.compare", stopped="stopped: what was measured is kept, the same command goes on")

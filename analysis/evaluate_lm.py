@@ -8,7 +8,6 @@ Most tasks fetch their data from the Hugging Face Hub the first time, and find t
 
 import difflib
 import json
-import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
+from analysis.command_line import run_command
 from analysis.features import Progress as ReportProgress
 from analysis.hosts import open_host, open_replacements
 from analysis.progress import make_progress
@@ -162,7 +162,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m analysis.evaluate_lm")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, "analysis.evaluate_lm")

@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from analysis.command_line import run_queue
 from analysis.compare import compare, write_comparison
 from analysis.comparison import Settings
 from analysis.jobs import Job, check_at_once, claim_folder, run_jobs, say_what_failed
@@ -135,15 +136,7 @@ def run(options: Options, arguments: tuple[str, ...]) -> int:
 
 def main(argv: list[str]) -> int:
     """Exit status: 1 where a run failed, 2 with one line for what was wrong, 130 when interrupted."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    try:
-        return run(tyro.cli(Options, args=argv[:end], prog="python -m analysis.frontier"), tuple(argv[end + 1 :]))
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_queue(Options, run, "analysis.frontier", argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ with a run that ended by a cold stop (the trainer's `target_val_loss`), whose ma
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +20,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 
+from analysis.command_line import run_command
 from cayley_interp import CayleyGPT, CayleyGPTConfig
 from cayley_interp.folder import save_pretrained
 from cayley_interp.tokenizer import read_tokenizer
@@ -244,7 +244,4 @@ def match(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(match, prog="python -m analysis.matched")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(match, "analysis.matched")

@@ -9,7 +9,6 @@ The models that come with the package have no run folder, and so no text beside 
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -21,6 +20,7 @@ import tyro
 from rich.console import Console
 
 from analysis.breakdown import Bin, by_frequency, by_position
+from analysis.command_line import run_command
 from analysis.progress import make_progress
 from analysis.shards import TokenShards, read_shards, read_windows, shard_folder_of, training_counts
 from analysis.tables import Sheet, to_markdown, to_rich
@@ -221,7 +221,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m analysis.parity")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, "analysis.parity")

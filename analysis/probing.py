@@ -10,7 +10,6 @@ The packaged models were trained on most of these speeches, though on none of th
 """
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -25,6 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold
 
+from analysis.command_line import run_command
 from analysis.hosts import open_host
 from analysis.pooled import pooled_activations, sources_of
 from analysis.progress import make_progress
@@ -234,7 +234,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m analysis.probing")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, "analysis.probing")

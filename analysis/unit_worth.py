@@ -24,6 +24,7 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
+from analysis.command_line import run_command
 from analysis.hosts import open_host
 from analysis.reconstruction import CONSTANT
 from analysis.subjects import SiteText, choose_text, host_of, open_subject
@@ -200,7 +201,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m analysis.unit_worth")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, "analysis.unit_worth")

@@ -71,7 +71,7 @@ class CayleyGPT(nn.Module):
         Raises:
             ValueError: more than n_ctx tokens.
         """
-        return self.head(self.norm_f(self._residual(input_ids)))
+        return self.head(self.norm_f(self.residual(input_ids)))
 
     def loss(self, windows: Int64[Tensor, "batch pos_plus_1"]) -> Float[Tensor, "batch pos"]:
         """Cross-entropy of each token from those before it, in nats."""
@@ -88,7 +88,7 @@ class CayleyGPT(nn.Module):
     def codes(self, input_ids: Int64[Tensor, "batch pos"]) -> list[tuple[LevelCodes, ...]]:
         """Sparse codes of every block's bottleneck, without gradients: codes[layer][level]."""
         codes: list[tuple[LevelCodes, ...]] = []
-        self._residual(input_ids, codes)
+        self.residual(input_ids, codes)
         return codes
 
     def num_parameters(self, *, positions: bool = True) -> int:
@@ -114,7 +114,14 @@ class CayleyGPT(nn.Module):
             input_ids = torch.cat((input_ids, token), dim=1)
         return input_ids
 
-    def _residual(self, input_ids: Tensor, codes: list[tuple[LevelCodes, ...]] | None = None) -> Tensor:
+    def residual(
+        self, input_ids: Int64[Tensor, "batch pos"], codes: list[tuple[LevelCodes, ...]] | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream behind the last block; each block's sparse code is appended to `codes` where given.
+
+        Raises:
+            ValueError: more than n_ctx tokens.
+        """
         length = input_ids.shape[1]
         if length > self.config.n_ctx:
             raise ValueError(f"{length} tokens are more than the model's n_ctx={self.config.n_ctx}")

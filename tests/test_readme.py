@@ -44,8 +44,3 @@ def test_every_recipe_and_command_named_exists():
         assert f"\n{target}:" in makefile, target
     for script in re.findall(r"python (training/\w+\.py)", README):
         assert (ROOT / script).exists()
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
-        assert (ROOT / target).exists(), target

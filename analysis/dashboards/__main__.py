@@ -4,12 +4,12 @@ python -m analysis.dashboards cayley-tiny-2L-sotu --out site
 python -m analysis.dashboards runs/tiny-20260101-120000 --layers 0 3 --features L3.1:17,42 --out site
 """
 
-import sys
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
+from analysis.command_line import run_command
 from analysis.dashboards.build import Export, build
 from analysis.dashboards.opening import open_named
 from analysis.progress import make_progress
@@ -57,9 +57,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m analysis.dashboards")
-    except KeyboardInterrupt:
-        sys.exit("stopped: what was written is kept, the same command goes on")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, "analysis.dashboards", stopped="stopped: what was written is kept, the same command goes on")

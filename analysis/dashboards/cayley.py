@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from analysis.dashboards.sources import Codes, Group, centred, zeroed
+from analysis.dashboards.readout import Readout
+from analysis.dashboards.sources import Codes, Group
 from cayley_interp import CayleyGPT, LevelCodes
 
 
@@ -26,6 +27,7 @@ class CayleySource:
         if not self.layers or not set(self.layers) <= set(range(n_layers)):
             raise ValueError(f"layers {list(layers or [])} of {name}: expected some of 0 to {n_layers - 1}")
         self.model, self.name, self.batch_size = model.eval(), name, batch_size
+        self.readout = Readout(model.norm_f, model.head.weight)
         self.groups: Sequence[Group] = [
             Group(f"L{layer}.{i}", layer, i, "cayley", [1] * 2**level.n)
             for layer in self.layers
@@ -36,13 +38,12 @@ class CayleySource:
     def run(self, windows: Int64[Tensor, "window pos"], counted: Bool[Tensor, "window pos"]) -> "CayleyPass":
         device = self.model.tok.weight.device
         codes: list[tuple[LevelCodes, ...]] = []
-        residual = self.model._residual(windows.to(device), codes)
+        residual = self.model.residual(windows.to(device), codes)
         return CayleyPass(self, codes, residual, counted.to(device))
 
     @torch.no_grad()
     def logits(self, written: Float[Tensor, "event d_model"]) -> Float[Tensor, "event d_vocab"]:
-        head = self.model.head
-        return centred(head(written.to(head.weight)))
+        return self.readout.logits(written)
 
 
 class CayleyPass:
@@ -54,11 +55,8 @@ class CayleyPass:
         counted: Bool[Tensor, "window pos"],
     ):
         self._source, self._of_layer = source, codes
-        self.codes: list[Codes] = [zeroed((c.indices, c.values), counted) for i in source.layers for c in codes[i]]
-        # The final norm is x * gain / rms(x): linear once its scale at a token is given.
-        norm = source.model.norm_f
-        eps = norm.eps if norm.eps is not None else torch.finfo(residual.dtype).eps
-        self._gain = norm.weight / (residual.square().mean(-1, keepdim=True) + eps).sqrt()
+        self.codes: list[Codes] = [(c.indices, c.values * counted[..., None]) for i in source.layers for c in codes[i]]
+        self._residual_dtype, self._scale = residual.dtype, source.readout.scale(residual)
 
     @torch.no_grad()
     def writes(
@@ -69,11 +67,11 @@ class CayleyPass:
         block = self._source.model.blocks()[place.layer]
         assert block.sparse is not None
         assert place.level is not None
-        device = self._gain.device
+        device = self._scale.device
         window, pos, unit = window.to(device), pos.to(device), unit.to(device)
         own = tuple(LevelCodes(c.indices[window, pos], c.values[window, pos]) for c in self._of_layer[place.layer])
         level = own[place.level]
         without = LevelCodes(level.indices, level.values.masked_fill(level.indices == unit[:, None], 0))
         changed = tuple(without if i == place.level else codes for i, codes in enumerate(own))
-        with_it, without_it = (block.mlp(block.sparse.decode(c).to(self._gain.dtype)) for c in (own, changed))
-        return (with_it - without_it) * self._gain[window, pos]
+        with_it, without_it = (block.mlp(block.sparse.decode(c).to(self._residual_dtype)) for c in (own, changed))
+        return self._source.readout.norm.carry((with_it - without_it).float(), self._scale[window, pos])

@@ -93,14 +93,6 @@ class Source(Protocol):
         ...
 
 
-def zeroed(codes: Codes, counted: Bool[Tensor, "window pos"]) -> Codes:
-    """Codes whose acts are 0 at the tokens that do not count."""
-    if isinstance(codes, Tensor):
-        return codes * counted[..., None]
-    indices, values = codes
-    return indices, values * counted[..., None]
-
-
 @torch.no_grad()
 def centred(logits: Float[Tensor, "event d_vocab"]) -> Float[Tensor, "event d_vocab"]:
     """A constant on all logits changes no probability."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -88,7 +88,7 @@ class Work:
                     _survey({name: file.get_tensor(f"{i}.{name}") for name in NAMES}, group.ranks, group.norms, n)
                     for i, (group, n) in enumerate(zip(opened.source.groups, tokens, strict=True))
                 ]
-        except Exception as error:  # safetensors raises its own
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be read ({error}): delete {self.out} and build again") from error
 
 

@@ -65,3 +65,12 @@ def colours(browser: webdriver.Chrome) -> list[str]:
         "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color, "
         "document.querySelector('.plot').layout.font.color]"
     )
+
+
+def check_follows_scheme(browser: webdriver.Chrome, url: str) -> None:
+    """Light and dark have no colour in common."""
+    seen = []
+    for scheme in ("light", "dark"):
+        open_page(browser, url, scheme=scheme)
+        seen.append(colours(browser))
+    assert all(light != dark for light, dark in zip(*seen, strict=True))

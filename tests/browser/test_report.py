@@ -8,7 +8,7 @@ from analysis.report import write_report
 from tests.analysis.fabricated import evaluate, make_run
 from tests.analysis.test_molt_report import evaluated
 from tests.analysis.test_molt_report import make_run as make_molt_run
-from tests.browser.chromium import check_quiet, colours, drawn_plots, open_page, scroll_width
+from tests.browser.chromium import check_follows_scheme, check_quiet, drawn_plots, open_page, scroll_width
 
 pytestmark = pytest.mark.browser
 
@@ -54,8 +54,4 @@ def test_narrow_screens_do_not_scroll_sideways(browser: webdriver.Chrome, report
 
 
 def test_colours_follow_the_scheme(browser: webdriver.Chrome, report: str):
-    seen = {}
-    for scheme in ("light", "dark"):
-        open_page(browser, report, scheme=scheme)
-        seen[scheme] = colours(browser)
-    assert all(light != dark for light, dark in zip(*seen.values(), strict=True))
+    check_follows_scheme(browser, report)

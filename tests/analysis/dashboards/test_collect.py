@@ -131,7 +131,7 @@ def test_what_a_feature_writes_is_its_own_path_through_the_mlp(model, text):
     written = run.writes(3, window, pos, unit)
     block = model.blocks()[1]
     gain = model.norm_f.weight
-    residual = model._residual(text.windows[:3])
+    residual = model.residual(text.windows[:3])
     for i in range(len(unit)):
         edited = [list(level) for level in model.codes(text.windows[:3])[1]]
         edited[1][1] = torch.where(codes.indices == unit[i], 0, codes.values)
