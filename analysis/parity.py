@@ -17,7 +17,9 @@ from typing import Annotated
 
 import torch
 import tyro
+from jaxtyping import Int64
 from rich.console import Console
+from torch import Tensor
 
 from analysis.breakdown import Bin, by_frequency, by_position
 from analysis.command_line import run_command
@@ -123,16 +125,30 @@ def compare(
     batch_size: int,
     progress: Callable[[str, float], None] = lambda *_: None,
 ) -> Comparison:
-    """Losses and differences on the first validation windows of the shards; two models' difference is broken down too.
-
-    Args:
-        progress: what is measured, and the share of all that is done.
+    """`compare_on` the first validation windows of the shards.
 
     Raises:
         ValueError: not one whole window of validation tokens, or no training token to count.
     """
-    config = subjects[0].model.config
-    windows = read_windows(shards, config.n_ctx, n_tokens)
+    windows = read_windows(shards, subjects[0].model.config.n_ctx, n_tokens)
+    d_vocab = max(subject.model.config.d_vocab for subject in subjects)
+    counts = training_counts(shards, d_vocab) if len(subjects) == 2 else None
+    return compare_on(subjects, windows, batch_size, counts, progress)
+
+
+def compare_on(
+    subjects: list[Subject],
+    windows: Int64[Tensor, "n pos_plus_1"],
+    batch_size: int,
+    counts: Int64[Tensor, " d_vocab"] | None = None,
+    progress: Callable[[str, float], None] = lambda *_: None,
+) -> Comparison:
+    """Losses and differences; two models' difference is broken down too.
+
+    Args:
+        counts: of every token in a training text, for the breakdown by frequency; without it there is none.
+        progress: what is measured, and the share of all that is done.
+    """
     losses = []
     for i, subject in enumerate(subjects):
         parts = []
@@ -144,8 +160,7 @@ def compare(
     for i, j in combinations(range(len(subjects)), 2):
         a, b, bins = losses[i], losses[j], ([], [])
         if len(subjects) == 2:
-            d_vocab = max(subject.model.config.d_vocab for subject in subjects)
-            bins = by_position(a, b), by_frequency(a, b, windows[:, 1:], training_counts(shards, d_vocab))
+            bins = by_position(a, b), [] if counts is None else by_frequency(a, b, windows[:, 1:], counts)
         pairs.append(Pair(subjects[i].name, subjects[j].name, paired_difference(a, b), *bins))
     models, means = [subject.name for subject in subjects], [loss.mean().item() for loss in losses]
     return Comparison(len(windows), losses[0].numel(), models, means, pairs)
@@ -156,7 +171,7 @@ def compare(
 
 def sheets(comparison: Comparison) -> Iterator[Sheet]:
     """The tables of a comparison: losses, differences, and where there are any, the breakdowns."""
-    tokens = f"{comparison.n_tokens:,} validation tokens in {comparison.n_sequences:,} sequences"
+    tokens = f"Loss over {comparison.n_tokens:,} tokens in {comparison.n_sequences:,} sequences"
     losses = zip(comparison.models, comparison.losses, strict=True)
     yield Sheet(tokens, ["model", "loss (nats per token)"], [[name, f"{loss:.4f}"] for name, loss in losses])
     differences = [[f"{p.a} − {p.b}", show(p.difference)] for p in comparison.pairs]

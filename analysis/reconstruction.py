@@ -38,7 +38,7 @@ class ReconstructionMeter:
     def __init__(self, d: int):
         self.tokens = 0
         self.shift: Tensor | None = None
-        self.sum, self.squares, self.errors = (torch.zeros(d, dtype=torch.float64) for _ in range(3))
+        self.sum, self.squares, self.errors, self.made, self.products, self.powers = torch.zeros(6, d).double()
         self.cosines = 0.0
 
     def add(self, y: Float[Tensor, "*batch d"], recons: Float[Tensor, "*batch d"]) -> None:
@@ -65,6 +65,10 @@ class ReconstructionMeter:
         self.sum += centred.sum(0)
         self.squares += centred.square().sum(0)
         self.errors += (recons - y).square().sum(0)
+        made = recons - self.shift
+        self.made += made.sum(0)
+        self.products += (made * (centred - made)).sum(0)
+        self.powers += made.square().sum(0)
         self.cosines += torch.cosine_similarity(y, recons, dim=-1).sum().item()
 
     def variance(self) -> Float[Tensor, " d"]:
@@ -79,9 +83,25 @@ class ReconstructionMeter:
 
     def nmse(self) -> float:
         """Mean over dimensions of MSE_d / Var_d, the per-dimension standardised error that maps are trained on."""
-        variance = self._varying()
-        varies = variance > CONSTANT * variance.median()
-        return (self.mse()[varies] / variance[varies]).mean().item()
+        weight = self._weights()
+        return (self.errors * weight).sum().item()
+
+    def affine_nmse(self) -> float:
+        """`nmse` of the reconstruction times the one number and plus the one vector that make it least.
+
+        Of a code whose scale is arbitrary and that leaves the mean of y out. About their means, the errors of 1 + s times
+        the reconstruction are errors - 2 s products + s^2 powers, least at s = products / powers.
+        """
+        weight, missed = self._weights(), self.sum - self.made
+        errors, products, powers = (
+            ((sums - a * b / self.tokens) * weight).sum().item()
+            for sums, a, b in (
+                (self.errors, missed, missed),
+                (self.products, self.made, missed),
+                (self.powers, self.made, self.made),
+            )
+        )
+        return errors - (products**2 / powers if powers > 0 else 0.0)
 
     def fvu(self) -> float:
         """Fraction of variance unexplained: sum of MSE_d / sum of Var_d."""
@@ -94,6 +114,12 @@ class ReconstructionMeter:
         """Mean over tokens of the cosine between y and its reconstruction; 0 where either is 0."""
         self._check()
         return self.cosines / self.tokens
+
+    def _weights(self) -> Float[Tensor, " d"]:
+        """Of each dimension's sum in nmse: 0 where it does not vary."""
+        variance = self._varying()
+        varies = variance > CONSTANT * variance.median()
+        return torch.where(varies, 1 / variance, 0) / (self.tokens * varies.sum())
 
     def _varying(self) -> Float[Tensor, " d"]:
         variance = self.variance()

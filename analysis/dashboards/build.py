@@ -9,6 +9,8 @@ from analysis.dashboards.chunks import data_file, write_data
 from analysis.dashboards.details import look_at
 from analysis.dashboards.export_neuronpedia import export_neuronpedia
 from analysis.dashboards.export_saedashboard import export_saedashboard
+from analysis.dashboards.labelling import Labelling
+from analysis.dashboards.labels import Provider
 from analysis.dashboards.opening import Opened
 from analysis.dashboards.pages import UNITS_PER_CHUNK, chunk_of, index_of
 from analysis.dashboards.prompts import PROMPTS, prompt_of
@@ -30,8 +32,9 @@ def build(
     features: Sequence[str] = ("top:200",),
     seed: int = 0,
     exports: Sequence[Export] = (),
+    provider: Provider | None = None,
     settings: Sequence[tuple[str, str]] = (),
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Path:
     """Write the site to `out`, or go on with one that was cut short there; returns its index.html.
 
@@ -39,13 +42,16 @@ def build(
         features: which units get a page, as `read_features` has it.
         seed: of random:N.
         exports: other formats that the units with a page are written in too, under OUT.
+        provider: names the units with a page.
         settings: shown on the model page.
 
     Raises:
-        ValueError: `features` of another form, a unit that never opens, or a folder with something else in it.
+        ValueError: `features` of another form, a unit that never opens, a folder with something else in it, or a
+            provider that cannot be reached.
     """
     asked = read_features(opened.source.groups, features)
-    work = Work(out, digest_of(opened, features, seed, exports), opened.source.name)
+    named_by = "" if provider is None else provider.name
+    work = Work(out, digest_of(opened, features, seed, exports, named_by), opened.source.name)
     copy_assets(out)
     if work.finished:
         return out / "index.html"
@@ -53,6 +59,7 @@ def build(
     if surveys is None:
         surveys = survey(opened.source, opened.text, progress)
         work.save_survey(surveys)
+    labelling = None if provider is None else Labelling(work.folder, provider, opened.strings, seed)
     chosen = choose(opened.source.groups, surveys, asked, seed)
     missing = [
         {
@@ -63,16 +70,18 @@ def build(
         for group, units in zip(opened.source.groups, chosen, strict=True)
     ]
     for block in blocks_of(missing):
-        _write_units(opened, out, surveys, block, exports, progress)
+        _write_units(opened, out, surveys, block, exports, labelling, progress)
     common = []
     for group, own, units in zip(opened.source.groups, surveys, chosen, strict=True):
-        columns = index_of(opened, own, units)
+        labels = None if labelling is None else labelling.names(group.name, group.n_units)
+        columns = index_of(opened, own, units, labels)
         common.append(columns["token"])
         write_data(out, f"index-{group.name}", columns)
     prompts = [prompt_of(opened, title, prompt, common) for title, prompt in PROMPTS]
     for i, prompt in enumerate(prompts):
         write_data(out, f"prompts-{i}", prompt)
-    write_data(out, "site", site_of(opened, surveys, chosen, prompts, settings))
+    sheets = opened.sheets(progress)
+    write_data(out, "site", site_of(opened, surveys, chosen, prompts, settings, sheets))
     work.finish()
     return out / "index.html"
 
@@ -108,10 +117,11 @@ def _write_units(
     surveys: Sequence[Survey],
     block: Sequence[dict[int, Sequence[int]]],
     exports: Sequence[Export],
-    progress: Progress | None,
+    labelling: Labelling | None,
+    progress: Progress,
 ) -> None:
     units = [[unit for chunk in chunks.values() for unit in chunk] for chunks in block]
-    found = look_at(opened.source, opened.text, surveys, units, progress)
+    found = look_at(opened.source, opened.text, surveys, units, progress, closed=labelling is not None)
     done, total = 0, sum(map(len, block))
     for group, (own, chunks, details) in enumerate(zip(opened.source.groups, block, found, strict=True)):
         of_unit = {d.unit: d for d in details}
@@ -119,10 +129,12 @@ def _write_units(
             looked_at = [of_unit[unit] for unit in chunk]
             for export in exports:  # before the pages: a chunk that is there has been exported
                 EXPORTS[export](out, opened, group, surveys[group], looked_at, number)
-            write_data(out, _chunk_key(own.name, number), chunk_of(opened, group, surveys[group], looked_at))
+            pages = chunk_of(opened, group, surveys[group], looked_at)
+            if labelling is not None:
+                labelling.add(own.name, surveys[group], looked_at, pages, progress)
+            write_data(out, _chunk_key(own.name, number), pages)
             done += 1
-            if progress is not None:
-                progress("writing pages", done / total)
+            progress("writing pages", done / total)
 
 
 def _chunk_key(group: str, number: int) -> str:

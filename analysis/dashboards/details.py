@@ -15,7 +15,7 @@ from analysis.dashboards.events import NOWHERE, BestEvents, Events, events_of
 from analysis.dashboards.sources import Codes, Pass, Source, Text
 from analysis.dashboards.survey import Progress, Survey, passes
 
-Which = Literal["strongest", "middle", "random"]
+Which = Literal["strongest", "middle", "random", "closed"]
 
 N_MIDDLE, N_RANDOM = 6, 6
 """Contexts of the sample: those nearest its median |act|, and the first drawn of the others."""
@@ -27,6 +27,8 @@ largest |act|."""
 POSITION_BINS = 16
 CO_FIRING = 12
 """Units shown that are open where a unit is."""
+CLOSED_DRAWN = 32
+"""Places drawn of each unit where contexts are asked for in which it is closed; those in which it opens are dropped."""
 PENDING = 1 << 22
 """Pairs of units that are open together that are held before they are counted."""
 
@@ -49,12 +51,16 @@ class Details:
 
     unit: int
     contexts: list[Context]
+    closed: list[Context]
+    """All through which it is closed; none unless they are asked for."""
     histogram: list[int]
     has_negative: bool
     by_position: list[float]
     """Share of tokens at which it is open, in POSITION_BINS parts of a window."""
     documents: int
     """In which it opens at least once."""
+    busiest: tuple[int, int]
+    """The document with most of the tokens at which it is open, the first of several, and how many it has."""
     co_firing: list[tuple[int, float, float]]
     """Unit of its own group, share of this unit's sampled events at which that is open too, and this over its
     frequency."""
@@ -67,15 +73,20 @@ def look_at(
     text: Text,
     surveys: Sequence[Survey],
     chosen: Sequence[Sequence[int]],
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
+    *,
+    closed: bool = False,
 ) -> list[list[Details]]:
     """Details of the chosen units of each group, by number; a group of which none is chosen costs nothing.
+
+    Args:
+        closed: find contexts in which each is closed too.
 
     Raises:
         ValueError: a unit that has no events: there is nothing to look at.
     """
     looks = [
-        _Look(text, own, torch.tensor(sorted(units), dtype=torch.int64), f"{group.name} of {source.name}")
+        _Look(text, own, torch.tensor(sorted(units), dtype=torch.int64), f"{group.name} of {source.name}", closed)
         if units
         else None
         for group, own, units in zip(source.groups, surveys, chosen, strict=True)
@@ -90,7 +101,7 @@ def look_at(
 class _Look:
     """The chosen units of one group while the text goes by; row i is of units[i]."""
 
-    def __init__(self, text: Text, survey: Survey, units: Int64[Tensor, " chosen"], name: str):
+    def __init__(self, text: Text, survey: Survey, units: Int64[Tensor, " chosen"], name: str, closed: bool):
         if (dead := units[survey.counter.opened[units] == 0]).numel():
             raise ValueError(f"unit {int(dead[0])} of {name} never opens on this text: choose others, or more tokens")
         self.text, self.survey, self.units = text, survey, units
@@ -100,10 +111,13 @@ class _Look:
         self.largest = survey.counter.max_act[units]
         self.bins = torch.zeros(n, 2, BINS, dtype=torch.int64)  # of negative and of positive acts
         self.by_position = torch.zeros(n, POSITION_BINS, dtype=torch.int64)
-        self.last_document, self.documents = torch.full((n,), -1), torch.zeros(n, dtype=torch.int64)
+        self.last_document = torch.full((n,), -1)
+        self.documents, self.in_last = (torch.zeros(n, dtype=torch.int64) for _ in range(2))
+        self.busiest = torch.full((n,), -1)  # tokens and, lower ones larger, the document, in one number
         self.pairs: list[Tensor] = []
         self.together: tuple[Tensor, Tensor] = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
         self.written: Tensor | None = None
+        self.counted = text.counted.flatten().nonzero().flatten() if closed else None
         self.wanted, self.which = self._choose()
         self.acts = torch.zeros(len(self.wanted.token), BEFORE + 1 + AFTER)
 
@@ -125,11 +139,15 @@ class _Look:
         drawn = _known(self.survey.sample, unit)
         median = sorted(abs(act) for _, act in drawn)[len(drawn) // 2]
         near = sorted(range(len(drawn)), key=lambda i: abs(abs(drawn[i][1]) - median))[:N_MIDDLE]
-        return {
+        found: dict[Which, list[tuple[int, float]]] = {
             "strongest": _known(self.survey.strongest, unit),
             "middle": sorted((drawn[i] for i in near), key=lambda event: -abs(event[1])),
             "random": [drawn[i] for i in range(len(drawn)) if i not in near][:N_RANDOM],
         }
+        if self.counted is not None:
+            places = torch.randint(len(self.counted), (CLOSED_DRAWN,), generator=torch.Generator().manual_seed(unit))
+            found["closed"] = [(token, 0.0) for token in self.counted[places].tolist()]
+        return found
 
     def add(self, rows: slice, run: Pass, group: int) -> None:
         first, last = rows.start * self.text.n_ctx, rows.stop * self.text.n_ctx
@@ -157,13 +175,20 @@ class _Look:
         part = events.token % self.text.n_ctx * POSITION_BINS // self.text.n_ctx
         at = torch.bincount(row * POSITION_BINS + part, minlength=self.by_position.numel())
         self.by_position += at.view(self.by_position.shape)
-        # Documents come one after the other: one that is above the last of a unit is new to it.
+        self._count_documents(row, self.text.documents.flatten()[events.token])
+
+    def _count_documents(self, row: Tensor, document: Tensor) -> None:
+        """Documents come one after the other: only the last of a row goes on into the next batch."""
         n_documents = int(self.text.documents.max()) + 1
-        seen = (row * n_documents + self.text.documents.flatten()[events.token]).unique()
+        seen, tokens = (row * n_documents + document).unique(return_counts=True)
         row, document = seen // n_documents, seen % n_documents
         new = document > self.last_document[row]
         self.documents += torch.bincount(row[new], minlength=len(self.documents))
+        tokens = tokens + self.in_last[row].masked_fill(new, 0)
+        self.busiest.scatter_reduce_(0, row, tokens * n_documents + n_documents - 1 - document, "amax")
         self.last_document.scatter_reduce_(0, row, document, "amax")
+        last = document == self.last_document[row]
+        self.in_last[row[last]] = tokens[last]
 
     def _add_written(self, row: Tensor, written: Tensor | None) -> None:
         if written is None:
@@ -219,15 +244,18 @@ class _Look:
         shares = self.by_position / per_part.clamp_min(1)
         contexts = self._contexts()
         n_strongest = (self.survey.strongest.token[self.units] != NOWHERE).sum(1)
+        n_documents = int(self.text.documents.max()) + 1
         written = None if self.written is None else self.written / n_strongest[:, None]
         return [
             Details(
                 unit=unit,
-                contexts=contexts[row],
+                contexts=[c for c in contexts[row] if c.which != "closed"],
+                closed=[c for c in contexts[row] if c.which == "closed" and not any(c.acts)],
                 histogram=self._histogram(row),
                 has_negative=bool(self.bins[row, 0].any()),
                 by_position=shares[row].tolist(),
                 documents=int(self.documents[row]),
+                busiest=(n_documents - 1 - int(self.busiest[row]) % n_documents, int(self.busiest[row]) // n_documents),
                 co_firing=self._co_firing(row),
                 written=None if written is None else written[row],
             )

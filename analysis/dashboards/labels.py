@@ -2,7 +2,7 @@
 
 A provider completes prompts: any OpenAI-compatible endpoint, or a local Hugging Face model. It is shown the strongest
 contexts and proposes a name; the name is then scored by detection (as in Paulo et al. 2024, arXiv:2410.13928): shown
-other contexts of the unit, weak and strong, among contexts at which it is closed, the provider says which fit the name.
+other contexts of the unit, weak and strong, among contexts all through which it is closed, the provider says which fit.
 A name without its score is decoration: both are kept together.
 """
 
@@ -43,10 +43,13 @@ class Label:
     provider: str
 
 
+class UnusableAnswer(ValueError):
+    """A completion without what was asked for: the next unit may fare better."""
+
+
 def label_unit(
     provider: Provider,
     details: Details,
-    others: Sequence[Context],
     strings: Sequence[str],
     *,
     frequency: float,
@@ -56,16 +59,17 @@ def label_unit(
     """A name for a unit, or None where it is open too often or has too few contexts to hold any out.
 
     Args:
-        others: contexts at which the unit is closed, of other units.
+        details: with contexts in which the unit is closed.
         strings: how each token is shown.
         evidence: what else the provider is told, such as the tokens that a transform reads and writes.
 
     Raises:
-        ValueError: the provider's answer has no name, or does not say which contexts fit.
+        UnusableAnswer: no name, or it does not say which contexts fit.
+        ValueError: what the provider raises.
     """
     strongest = [c for c in details.contexts if c.which == "strongest"]
     positives = [c for c in details.contexts if c.which != "strongest"][:HELD_OUT]
-    negatives = list(others)[: len(positives)]
+    negatives = details.closed[: len(positives)]
     if frequency > MAX_FREQUENCY or len(strongest) < 2 or len(positives) < 2 or len(negatives) < len(positives):
         return None
     name = _name(provider.complete(naming_prompt(strongest[:SHOWN], strings, evidence), 60))
@@ -116,7 +120,7 @@ def _name(answer: str) -> str:
     line = next((line for line in answer.strip().splitlines() if line.strip()), "")
     name = re.sub(r"^\s*name\s*:\s*", "", line, flags=re.IGNORECASE).strip().strip("\"'*")
     if not name:
-        raise ValueError(f"the provider's answer has no name: {answer[:200]!r}")
+        raise UnusableAnswer(f"the provider's answer has no name: {answer[:200]!r}")
     return name[:NAME_LENGTH]
 
 
@@ -125,7 +129,7 @@ def _fits(answer: str, n: int) -> list[bool]:
     line = re.sub(r"^\s*fits\s*:\s*", "", line, flags=re.IGNORECASE)
     numbers = {int(number) for number in re.findall(r"\d+", line)}
     if not numbers and "none" not in line.lower():
-        raise ValueError(f"the provider does not say which passages fit: {answer[:200]!r}")
+        raise UnusableAnswer(f"the provider does not say which passages fit: {answer[:200]!r}")
     return [i + 1 in numbers for i in range(n)]
 
 

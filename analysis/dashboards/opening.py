@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from analysis.dashboards.details import Details
 from analysis.dashboards.sources import Source, Text
+from analysis.dashboards.survey import Progress
+from analysis.tables import Sheet
 from cayley_interp.folder import is_model_folder
 from cayley_interp.pretrained import bundled_models
 
@@ -44,6 +46,7 @@ class Opened:
         text_of: a built-in prompt as a text of one window, as the model reads it.
         about: facts for the head of the model page, label and value.
         settings: of the run, name and value.
+        sheets: tables of the model page, measured when they are asked for.
     """
 
     kind: SiteKind
@@ -56,20 +59,30 @@ class Opened:
     about: list[tuple[str, str]]
     settings: list[tuple[str, str]] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
+    sheets: Callable[[Progress], list[Sheet]] = lambda _: []
 
 
-def open_named(name: str, *, layers: Sequence[int] | None, tokens: int, device: str, host: str | None = None) -> Opened:
+def open_named(
+    name: str,
+    *,
+    layers: Sequence[int] | None,
+    tokens: int,
+    device: str,
+    host: str | None = None,
+    vanilla: str | None = None,
+) -> Opened:
     """A Cayley-GPT by a bundled name, a run or a folder; a MOLT or transcoder by its run or folder; a SAELens SAE.
 
     Args:
         layers: whose units are looked at; by default all.
         tokens: most tokens of text.
         host: of a replacement, where it is not found by the name that it had when the replacement was made.
+        vanilla: model that a Cayley-GPT is held against.
 
     Raises:
         FileNotFoundError: nothing of that name, or a file that it needs.
-        ValueError: a model without units, layers that it does not have, fewer tokens than one window, or a host of what
-            is a host itself.
+        ValueError: a model without units, layers that it does not have, fewer tokens than one window, a host of what
+            is a host itself, or a vanilla model beside what is none.
         ImportError: a library that it needs is missing.
     """
     if tokens < 1:
@@ -80,7 +93,9 @@ def open_named(name: str, *, layers: Sequence[int] | None, tokens: int, device: 
             raise ValueError(f"--host {host}: {name} is a model itself; leave --host out")
         from analysis.dashboards.cayley_opening import open_cayley
 
-        return open_cayley(name, layers=layers, tokens=tokens, device=device)
+        return open_cayley(name, layers=layers, tokens=tokens, device=device, vanilla=vanilla)
+    if vanilla is not None:
+        raise ValueError(f"--vanilla {vanilla}: {name} is no Cayley-GPT; leave --vanilla out")
     from analysis.dashboards.replacement_opening import open_source
 
     return open_source(name, layers=layers, tokens=tokens, device=device, host=host)

@@ -20,11 +20,14 @@ MOVED = 10
 """Logits shown that a unit raises, and as many that it lowers."""
 
 
-def index_of(opened: Opened, survey: Survey, chosen: Sequence[int]) -> dict[str, Any]:
+def index_of(
+    opened: Opened, survey: Survey, chosen: Sequence[int], labels: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The columns of all units of a group.
 
     Args:
         chosen: units with a page, rising; 64 of them share a chunk.
+        labels: of each unit, where they have been asked for.
     """
     counter = survey.counter
     page = [-1] * len(counter.ranks)
@@ -37,6 +40,7 @@ def index_of(opened: Opened, survey: Survey, chosen: Sequence[int]) -> dict[str,
         "flags": flags_of(survey),
         "page": page,
         "token": list(common_tokens(opened, survey)),
+        **({} if labels is None else {"label": labels}),
     }
 
 
@@ -66,6 +70,9 @@ def chunk_of(opened: Opened, group: int, survey: Survey, details: Sequence[Detai
             "entropy": short(entropy, 3),
             "flags": flags[unit],
             "documents": own.documents,
+            "tokens_a_document": short(int(counter.opened[unit]) / own.documents, 3),
+            "busiest_document": own.busiest[0],
+            "busiest_tokens": own.busiest[1],
             "histogram": {"from": short(-largest if own.has_negative else 0.0), "to": short(largest)}
             | {"counts": own.histogram},
             "by_position": [short(share) for share in own.by_position],

@@ -84,7 +84,7 @@ class ReplacementSource:
 class ReplacementPass:
     """
     Attributes:
-        x: [window, pos, d_in], the site's input in the replacement's dtype.
+        x, y: [window, pos, d], the site's input in the replacement's dtype, and its target.
         acts: [window, pos, unit], 0 at tokens that do not count.
     """
 
@@ -97,12 +97,20 @@ class ReplacementPass:
         counted: Bool[Tensor, "window pos"],
     ):
         self._source = source
+        self.y = y
         self.x = x.to(source.folded.b_dec.dtype)
         self.acts = source.replacement.encode(self.x) * counted[..., None]
         self.codes: list[Codes] = [self.acts]
         self._scale = source.readout.scale(residual)
         post = source.post_norm
         self._post_scale = None if post is None else post.normalise(y.float().flatten(0, 1))[1].view(*y.shape[:2], 1)
+
+    @torch.no_grad()
+    def reconstruction(
+        self,
+        group: int,  # noqa: ARG002  (there is one)
+    ) -> tuple[Float[Tensor, "window pos d_out"], Float[Tensor, "window pos d_out"]]:
+        return self.y, self._source.replacement(self.x)
 
     @torch.no_grad()
     def added(

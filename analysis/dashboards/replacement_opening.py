@@ -5,22 +5,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from analysis.dashboards.feature_page import FeatureExtras
 from analysis.dashboards.host_text import prompt_of_host, text_of_host, text_of_sequences
 from analysis.dashboards.opening import Curve, Extras, Figure, Opened, SiteKind
 from analysis.dashboards.replacement import ReplacementSource
 from analysis.dashboards.sources import Text
+from analysis.dashboards.survey import Progress
 from analysis.dashboards.transform_page import TransformExtras
 from analysis.held_out import HELD_OUT, read_held_out
 from analysis.hosts import open_host
 from analysis.page import flatten, read_metrics
+from analysis.splicing import spliced_sums
 from analysis.subjects import digest_of, host_of, is_run, kind_of
+from analysis.tables import Sheet
 from analysis.tokens import token_strings
 from molt_lens import Molt, Transcoder
 from molt_lens.gemma_scope import SHORTHANDS, gemma_name, load_gemma_scope
 from molt_lens.hosts import Host
 from molt_lens.opening import BUNDLED, bundled_replacements, open_replacement
 
+SPLICED_TOKENS = 2_048
 CURVES = {"mse": ("Error", "mean squared error, standardised"), "l0": ("Open units", "L0")}
 
 
@@ -69,6 +75,7 @@ def opened_of(
         source=source,
         text=text,
         strings=token_strings(host.tokenizer, host.d_vocab),
+        sheets=lambda progress: [behaviour_sheet(source, text, progress)],
         fingerprint=f"{host.fingerprint} {source.site} {digest_of(source.replacement)}",
         extras=_extras(source, text),
         text_of=lambda prompt: prompt_of_host(host, prompt),
@@ -124,6 +131,32 @@ def about(source: ReplacementSource, training: dict[str, Any]) -> list[tuple[str
     if "active_rank" in training:
         rows.append(("L0 and active rank, held out", f"{training['l0']:.2f}, {training['active_rank']:.0f}"))
     return rows
+
+
+def behaviour_sheet(source: ReplacementSource, text: Text, progress: Progress) -> Sheet:
+    """What the host says with the replacement spliced in, on windows spread over the text."""
+    rows = torch.arange(n := min(len(text.windows), -(-SPLICED_TOKENS // text.n_ctx))) * len(text.windows) // n
+    site, zero = source.site, torch.zeros(source.host.d_model, device=source.host.device)
+    maps = {"spliced": {site: source.replacement}, "zero": {site: lambda x: zero.to(x).expand_as(x)}}
+    sums = spliced_sums(
+        source.host, maps, text.windows[rows], lambda share: progress("splicing it into its host", share)
+    )
+    own, tokens = sums["spliced"], sums["spliced"].tokens.sum()
+    host, spliced, zeroed, kl, top1 = (
+        (s.sum() / tokens).item() for s in (own.ce_host, own.ce, sums["zero"].ce, own.kl, own.top1)
+    )
+    return Sheet(
+        f"Spliced into {source.host.name}, over {int(tokens):,} predicted tokens",
+        ["measure", "value"],
+        [
+            ["loss of the host, nats", f"{host:.4f}"],
+            ["loss with it in the MLP's place", f"{spliced:.4f}"],
+            ["loss with the MLP's output at zero", f"{zeroed:.4f}"],
+            ["share of that loss won back", f"{(zeroed - spliced) / (zeroed - host):.3f}"],
+            ["KL from the host, nats", f"{kl:.4f}"],
+            ["same likeliest token", f"{top1:.3f}"],
+        ],
+    )
 
 
 def figures_of(metrics: Path) -> list[Figure]:

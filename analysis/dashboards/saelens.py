@@ -82,20 +82,23 @@ class SaelensSource:
         Raises:
             ValueError: the hook did not fire.
         """
-        seen: list[Tensor] = []
+        seen: dict[str, Tensor] = {}
 
-        def read(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001  (the name is TransformerLens')
-            seen.append(tensor)
+        def reader(name: str) -> tuple[str, Any]:
+            return name, lambda tensor, hook: seen.update({name: tensor})  # noqa: ARG005  (the names are TransformerLens')
 
-        windows = windows.to(self.readout.W_U.device)
+        windows, names = windows.to(self.readout.W_U.device), {self.hook_name, self.hook_name_out}
         residual = residual_of(
             self.readout,
-            lambda: self.bridge.run_with_hooks(windows, fwd_hooks=[(self.hook_name, read)], return_type=None),
+            lambda: self.bridge.run_with_hooks(windows, fwd_hooks=[*map(reader, names)], return_type=None),
         )
-        if not seen:
-            raise ValueError(f"the hook {self.hook_name} did not fire: it is switched off, or the model skips it")
-        x = seen[0] - seen[0].mean(-1, keepdim=True) if self.centres else seen[0]
-        return SaelensPass(self, x, residual, counted.to(x.device))
+        if silent := names - seen.keys():
+            raise ValueError(f"the hook {min(silent)} did not fire: it is switched off, or the model skips it")
+        x, y = (self._as_trained(seen[name]) for name in (self.hook_name, self.hook_name_out))
+        return SaelensPass(self, x, y, residual, counted.to(x.device))
+
+    def _as_trained(self, activations: Tensor) -> Tensor:
+        return activations - activations.mean(-1, keepdim=True) if self.centres else activations
 
     def logits(self, written: Float[Tensor, "event d_model"]) -> Float[Tensor, "event d_vocab"]:
         return self.readout.logits(written)
@@ -115,11 +118,13 @@ class SaelensPass:
         self,
         source: SaelensSource,
         x: Float[Tensor, "window pos *d_in"],
+        y: Float[Tensor, "window pos *d_out"],
         residual: Float[Tensor, "window pos d_model"],
         counted: Bool[Tensor, "window pos"],
     ):
-        self._source = source
+        self._source, self._y = source, y
         sae = source.sae
+        self._made = sae(x)  # the skip connection of a skip transcoder too, which decode leaves out
         self.acts: Float[Tensor, "window pos unit"] = sae.encode(x) * counted[..., None]
         self.codes: list[Codes] = [self.acts]
         self._scale = source.readout.scale(residual)
@@ -129,6 +134,12 @@ class SaelensPass:
             self._decoded_by = sae.ln_std
         elif sae.cfg.normalize_activations == "constant_norm_rescale":
             self._decoded_by = 1 / sae.x_norm_coeff
+
+    def reconstruction(
+        self,
+        group: int,  # noqa: ARG002  (there is one)
+    ) -> tuple[Float[Tensor, "window pos d_out"], Float[Tensor, "window pos d_out"]]:
+        return self._y.flatten(2), self._made.flatten(2)
 
     @torch.no_grad()
     def writes(

@@ -10,6 +10,7 @@ from analysis.dashboards.chunks import short
 from analysis.dashboards.opening import Opened
 from analysis.dashboards.sources import Group
 from analysis.dashboards.survey import Survey
+from analysis.tables import Sheet
 from cayley_interp.files import write_atomically
 
 ASSETS = Path(__file__).parent / "assets"
@@ -29,6 +30,7 @@ def site_of(
     chosen: Sequence[Sequence[int]],
     prompts: Sequence[dict[str, Any]],
     settings: Sequence[tuple[str, str]],
+    sheets: Sequence[Sheet],
 ) -> dict[str, Any]:
     """What every page needs, and the model page."""
     text, groups = opened.text, opened.source.groups
@@ -42,6 +44,7 @@ def site_of(
         "windows": len(text.windows),
         "n_ctx": text.n_ctx,
         "groups": rows,
+        "sheets": [sheet._asdict() for sheet in sheets],
         "figures": [asdict(figure) for figure in opened.figures],
         "prompts": [{"title": p["title"], "n_tokens": len(p["tokens"])} for p in prompts],
         "settings": [*settings, *opened.settings],
@@ -58,6 +61,7 @@ def _group(group: Group, groups: Sequence[Group], survey: Survey, n_pages: int) 
         "n_units": group.n_units,
         "n_pages": n_pages,
         "l0": short(survey.counter.l0()),
+        "nmse": short(survey.nmse),
         **{
             name: sum(f & bit > 0 for f in flags)
             for name, bit in (("dead", DEAD), ("zombie", ZOMBIE), ("dense", DENSE))

@@ -17,7 +17,7 @@ Kind = Literal["cayley", "transform", "feature"]
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Units of one place; `name` is how pages call it."""
+    """Units of one place; `name` is how pages call it, `affine` whether what they write lacks a scale and a mean."""
 
     name: str
     layer: int
@@ -25,6 +25,7 @@ class Group:
     kind: Kind
     ranks: list[int]
     norms: Float[Tensor, " unit"] | None = None
+    affine: bool = False
 
     @property
     def n_units(self) -> int:
@@ -65,6 +66,10 @@ class Pass(Protocol):
 
     codes: list[Codes]
     """In the order of the source's groups."""
+
+    def reconstruction(self, group: int) -> tuple[Float[Tensor, "window pos d"], Float[Tensor, "window pos d"]]:
+        """What a group's units stand for, and what they make of it: of a level, together with those above it."""
+        ...
 
     def writes(
         self, group: int, window: Int64[Tensor, " event"], pos: Int64[Tensor, " event"], unit: Int64[Tensor, " event"]

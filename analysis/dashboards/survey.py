@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from math import log2
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from analysis.dashboards.events import NOWHERE, BestEvents, events_of, priorities, strongest_of_windows
-from analysis.dashboards.sources import Codes, Pass, Source, Text
+from analysis.dashboards.sources import Codes, Group, Pass, Source, Text
+from analysis.reconstruction import ReconstructionMeter
 from analysis.units import UnitCounter
 
 Progress = Callable[[str, float], None]
@@ -24,11 +25,16 @@ STRONGEST, SAMPLED = 12, 48
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """A group's units after the first pass."""
+    """A group's units after the first pass.
+
+    Attributes:
+        nmse: of what they make of what they stand for; `affine_nmse` where their acts say that of it only.
+    """
 
     counter: UnitCounter
     strongest: BestEvents
     sample: BestEvents
+    nmse: float
 
     def entropies(self, text: Text) -> Float[Tensor, " unit"]:
         """Bits of the distribution of tokens at which each unit's sampled events are; nan for a dead unit.
@@ -52,21 +58,39 @@ class Survey:
         return found
 
 
-def survey(source: Source, text: Text, progress: Progress | None = None) -> list[Survey]:
+def survey(source: Source, text: Text, progress: Progress = lambda *_: None) -> list[Survey]:
     """The first pass: counts of every unit, its strongest events and a random sample of all; one for each group."""
-    surveys = [
-        Survey(UnitCounter(g.ranks, g.norms), BestEvents(g.n_units, STRONGEST), BestEvents(g.n_units, SAMPLED))
-        for g in source.groups
-    ]
+    looks = [_Look(group) for group in source.groups]
     for rows, run in passes(source, text, "counting units", progress):
-        first, counted = rows.start * text.n_ctx, text.counted[rows]
-        for own, codes in zip(surveys, run.codes, strict=True):
-            _count(own.counter, codes, counted)
-            events = events_of(codes, first)
-            strongest = strongest_of_windows(events, text.n_ctx)
-            own.strongest.add(strongest, strongest.act.abs())
-            own.sample.add(events, priorities(events))
-    return surveys
+        for i, look in enumerate(looks):
+            look.add(run, i, rows.start * text.n_ctx, text.counted[rows])
+    return [look.survey() for look in looks]
+
+
+class _Look:
+    """One group while the text goes by."""
+
+    def __init__(self, group: Group):
+        self.counter = UnitCounter(group.ranks, group.norms)
+        self.strongest, self.sample = BestEvents(group.n_units, STRONGEST), BestEvents(group.n_units, SAMPLED)
+        self.affine = group.affine
+        self.meter: ReconstructionMeter | None = None
+
+    def add(self, run: Pass, group: int, first: int, counted: Bool[Tensor, "window pos"]) -> None:
+        codes = run.codes[group]
+        _count(self.counter, codes, counted)
+        events = events_of(codes, first)
+        strongest = strongest_of_windows(events, counted.shape[1])
+        self.strongest.add(strongest, strongest.act.abs())
+        self.sample.add(events, priorities(events))
+        target, made = run.reconstruction(group)
+        self.meter = self.meter or ReconstructionMeter(target.shape[-1])
+        self.meter.add(*(t[counted.to(t.device)] for t in (target, made)))
+
+    def survey(self) -> Survey:
+        assert self.meter is not None
+        nmse = self.meter.affine_nmse() if self.affine else self.meter.nmse()
+        return Survey(self.counter, self.strongest, self.sample, nmse)
 
 
 def _count(counter: UnitCounter, codes: Codes, counted: Tensor) -> None:
@@ -76,10 +100,9 @@ def _count(counter: UnitCounter, codes: Codes, counted: Tensor) -> None:
         counter.add_codes(*(t[counted.to(t.device)] for t in codes))
 
 
-def passes(source: Source, text: Text, what: str, progress: Progress | None) -> Iterator[tuple[slice, Pass]]:
+def passes(source: Source, text: Text, what: str, progress: Progress) -> Iterator[tuple[slice, Pass]]:
     """Rows of each batch of windows, and the model run over them."""
     for start in range(0, len(text.windows), source.batch_size):
         rows = slice(start, min(start + source.batch_size, len(text.windows)))
         yield rows, source.run(text.windows[rows], text.counted[rows])
-        if progress is not None:
-            progress(what, rows.stop / len(text.windows))
+        progress(what, rows.stop / len(text.windows))

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from analysis.dashboards.events import BestEvents
 from analysis.dashboards.opening import Opened
+from analysis.dashboards.sources import Group
 from analysis.dashboards.survey import Survey
 from analysis.units import UnitCounter
 from cayley_interp.files import write_atomically
 from molt_lens.fingerprint import digest_of_tensors
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, SURVEY = "manifest.json", "survey.safetensors"
 COUNTS = ("selected", "opened", "magnitude", "max_act")
 EVENTS = ("score", "token", "act")
@@ -49,7 +50,7 @@ class Work:
         if there != digest:
             raise ValueError(
                 f"{out} holds a site of {whose} from other weights, text or settings: give another --out, or the "
-                "same model, --layers, --features, --tokens, --seed and --export to go on with it"
+                "same model, --layers, --features, --tokens, --seed, --export and --labels to go on with it"
             )
 
     @property
@@ -69,7 +70,7 @@ class Work:
 
     def save_survey(self, surveys: Sequence[Survey]) -> None:
         tensors = {f"{i}.{name}": t.contiguous() for i, own in enumerate(surveys) for name, t in _tensors(own).items()}
-        counted = {"tokens": json.dumps([own.counter.tokens for own in surveys])}
+        counted = {name: json.dumps(values) for name, values in _figures(surveys).items()}
         write_atomically(self.folder / SURVEY, save(tensors, counted))
 
     def load_survey(self, opened: Opened) -> list[Survey] | None:
@@ -83,12 +84,12 @@ class Work:
             return None
         try:
             with safe_open(path, "pt") as file:
-                tokens = json.loads(file.metadata()["tokens"])
+                tokens, nmse = (json.loads(file.metadata()[name]) for name in ("tokens", "nmse"))
                 return [
-                    _survey({name: file.get_tensor(f"{i}.{name}") for name in NAMES}, group.ranks, group.norms, n)
-                    for i, (group, n) in enumerate(zip(opened.source.groups, tokens, strict=True))
+                    _survey({name: file.get_tensor(f"{i}.{name}") for name in NAMES}, group, tokens[i], nmse[i])
+                    for i, group in enumerate(opened.source.groups)
                 ]
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be read ({error}): delete {self.out} and build again") from error
 
 
@@ -101,21 +102,26 @@ def _tensors(survey: Survey) -> dict[str, Tensor]:
     return counts | {f"{which}.{name}": getattr(events, name) for which, events in both.items() for name in EVENTS}
 
 
-def _survey(tensors: dict[str, Tensor], ranks: list[int], norms: Tensor | None, tokens: int) -> Survey:
-    counter = UnitCounter(ranks, norms)
+def _figures(surveys: Sequence[Survey]) -> dict[str, list[int] | list[float]]:
+    return {"tokens": [own.counter.tokens for own in surveys], "nmse": [own.nmse for own in surveys]}
+
+
+def _survey(tensors: dict[str, Tensor], group: Group, tokens: int, nmse: float) -> Survey:
+    counter = UnitCounter(group.ranks, group.norms)
     counter.tokens = tokens
     for name in COUNTS:
         setattr(counter, name, tensors[name])
-    kept = []
-    for which in ("strongest", "sample"):
-        events = BestEvents(*tensors[f"{which}.token"].shape)
-        for name in EVENTS:
-            setattr(events, name, tensors[f"{which}.{name}"])
-        kept.append(events)
-    return Survey(counter, *kept)
+    return Survey(counter, _events(tensors, "strongest"), _events(tensors, "sample"), nmse)
 
 
-def digest_of(opened: Opened, features: Sequence[str], seed: int, exports: Sequence[str]) -> str:
+def _events(tensors: dict[str, Tensor], which: str) -> BestEvents:
+    events = BestEvents(*tensors[f"{which}.token"].shape)
+    for name in EVENTS:
+        setattr(events, name, tensors[f"{which}.{name}"])
+    return events
+
+
+def digest_of(opened: Opened, features: Sequence[str], seed: int, exports: Sequence[str], named_by: str) -> str:
     """Of everything that the pages depend on."""
     text = {name: getattr(opened.text, name) for name in ("windows", "documents", "counted")}
     parts = [
@@ -127,5 +133,6 @@ def digest_of(opened: Opened, features: Sequence[str], seed: int, exports: Seque
         list(features),
         seed,
         sorted(exports),
+        named_by,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -38,6 +38,28 @@ def test_the_mean_has_an_error_of_one():
     assert meter.fvu() == pytest.approx(1, abs=1e-9)
 
 
+@given(st.integers(0, 1000), st.floats(-3, 3).filter(lambda scale: abs(scale) > 0.01), st.floats(-1, 1))
+def test_at_its_best_scale_and_mean_a_reconstruction_is_measured_whatever_they_are(seed, scale, offset):
+    y, recons = data(seed)
+    y = y - 1e4
+    recons = recons - 1e4
+    meter = measured(y, scale * recons + offset, (100,) * 4)
+    variance = y.var(0, correction=0)
+    about_y, about_recons = y - y.mean(0), recons - recons.mean(0)
+    best = (about_y * about_recons / variance).sum() / (about_recons.square() / variance).sum()
+    expected = ((best * about_recons - about_y).square().mean(0) / variance).mean().item()
+    assert meter.affine_nmse() == pytest.approx(expected, rel=1e-5)
+    assert meter.affine_nmse() <= meter.nmse() + 1e-9
+
+
+def test_an_affine_map_of_y_leaves_no_error_and_a_constant_leaves_all():
+    y, _ = data()
+    y = y - 1e4
+    assert measured(y, 3 * y - 0.5).affine_nmse() == pytest.approx(0, abs=1e-5)
+    assert measured(y, 0 * y + 7).affine_nmse() == pytest.approx(1, abs=1e-5)
+    assert measured(y, y).affine_nmse() == pytest.approx(0, abs=1e-12)
+
+
 def test_by_their_definitions():
     y, recons = data()
     meter = measured(y, recons)

@@ -39,7 +39,7 @@ def add_large_group(out: Path) -> None:
     write_data(out, "index-L9.0", columns)
     site = read_data(out, "site")
     group = {"name": "L9.0", "layer": 9, "level": 0, "kind": "cayley", "n_units": N_LARGE, "n_pages": 0, "l0": 3.0}
-    group |= {"dead": 349, "zombie": 0, "dense": 4, "title": "layer 9, level 0", "parent_group": None}
+    group |= {"nmse": 0.5, "dead": 349, "zombie": 0, "dense": 4, "title": "layer 9, level 0", "parent_group": None}
     write_data(out, "site", site | {"groups": [*site["groups"], group | {"child_group": None}]})
     for i in range(len(site["prompts"])):
         prompt = read_data(out, f"prompts-{i}")

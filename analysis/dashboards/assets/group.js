@@ -16,7 +16,8 @@ function orderOf(columns, look) {
   const units = [];
   for (let unit = 0; unit < columns.flags.length; unit++) {
     if (look.only.some(name => !has(columns, unit, name))) continue;
-    if (wanted && !(number && String(unit).startsWith(number)) && !columns.token[unit].toLowerCase().includes(wanted)) continue;
+    if (wanted && !(number && String(unit).startsWith(number)) && !columns.token[unit].toLowerCase().includes(wanted)
+      && !columns.label?.[unit].toLowerCase().includes(wanted)) continue;
     units.push(unit);
   }
   const column = look.sort === "unit" ? null : columns[look.sort], sign = look.rising ? 1 : -1;
@@ -47,8 +48,8 @@ async function groupPage(site, name, query) {
     look.sort = sort;
     update();
   } }, title));
-  const head = h("div", { class: "row heads" }, heads[0], h("span", null, "token"), heads.slice(1), h("span"));
-  const search = h("input", { type: "search", id: "search", placeholder: "token or number", "aria-label": "search for a token or a unit's number",
+  const head = h("div", { class: "row heads" }, heads[0], h("span", null, columns.label ? "label or token" : "token"), heads.slice(1), h("span"));
+  const search = h("input", { type: "search", id: "search", placeholder: columns.label ? "label, token or number" : "token or number", "aria-label": "search for a label, a token or a unit's number",
     autocomplete: "off", spellcheck: "false", oninput: () => { look.search = search.value; update(); } });
   search.value = look.search;
   search.addEventListener("keydown", event => {
@@ -95,7 +96,7 @@ const SORTS_SHOWN = [["unit", "unit", "unit"], ["frequency", "frequency", "n"], 
 function drawRow(node, name, columns, unit) {
   node.setAttribute("href", hrefOf.unit(name, unit));
   node.classList.toggle("without", columns.page[unit] < 0);
-  node.replaceChildren(h("b", { class: "unit" }, String(unit)), h("span", { class: "of" }, columns.token[unit] && token(columns.token[unit])),
+  node.replaceChildren(h("b", { class: "unit" }, String(unit)), h("span", { class: "of" }, columns.label?.[unit] || (columns.token[unit] && token(columns.token[unit]))),
     h("span", { class: "n frequency", "--w": Math.sqrt(columns.frequency[unit]) }, percent(columns.frequency[unit])),
     h("span", { class: "n max" }, figure(columns.max[unit])), h("span", { class: "n entropy" }, figure(columns.entropy[unit])),
     h("span", { class: "flags" }, tagsOf(columns.flags[unit])));

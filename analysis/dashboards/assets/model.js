@@ -3,6 +3,7 @@
 
 const MEASURES = [
   ["L0", "active units a token", group => group.l0, figure],
+  ["NMSE", "of the level with those above, at the best scale and mean", group => group.nmse, figure],
   ["Dead", "never opens on this text", group => group.dead / group.n_units, percent],
   ["Zombie", "selected, yet writes next to nothing", group => group.zombie / group.n_units, percent],
   ["Dense", "open at over a tenth of the tokens", group => group.dense / group.n_units, percent],
@@ -12,7 +13,7 @@ function modelPage(site) {
   const many = site.groups.length > 1, [first] = site.groups;
   const seen = [["looked at", `${count(site.tokens)} tokens of ${count(site.documents)} documents`],
     ["windows", `${count(site.windows)} of ${count(site.n_ctx)} tokens`],
-    ...(many ? [] : [["L0", figure(first.l0)], ...FLAGS.map(([name]) => [name, count(first[name])])])];
+    ...(many ? [] : [["L0", figure(first.l0)], ["NMSE", figure(first.nmse)], ...FLAGS.map(([name]) => [name, count(first[name])])])];
   return [
     h("p", { class: "kind" }, KINDS[site.kind] ?? site.kind), h("h1", null, site.name),
     facts([...site.about, ...seen]),
@@ -21,10 +22,15 @@ function modelPage(site) {
     site.prompts.length > 0 && section("Prompts", "Which units open at each token.",
       h("ul", { class: "plain" }, site.prompts.map((prompt, i) =>
         h("li", null, h("a", { href: hrefOf.prompt(i) }, prompt.title), h("span", { class: "soft" }, ` ${prompt.n_tokens} tokens`))))),
+    site.sheets.map(sheetOf),
     site.figures.length > 0 && section("Training", null, site.figures.map(linesOf)),
     site.settings.length > 0 && section("Settings", null, settingsOf(site.settings)),
   ];
 }
+
+const sheetOf = ({ title, header, rows }) => section(title, null, h("div", { class: "scroll" }, h("table", null,
+  h("thead", null, h("tr", null, header.map((name, i) => h("th", { scope: "col", class: i ? "n" : null }, name)))),
+  h("tbody", null, rows.map(([name, ...values]) => h("tr", null, h("th", { scope: "row" }, name), values.map(value => h("td", { class: "n" }, value))))))));
 
 const KINDS = { cayley: "Cayley-GPT", molt: "MOLT", transcoder: "Transcoder", sae: "Sparse autoencoder" };
 
@@ -46,11 +52,11 @@ function heatMap(groups, [name, explain, of, show]) {
 
 function groupTable(groups) {
   return h("div", { class: "scroll" }, h("table", { class: "groups" },
-    h("thead", null, h("tr", null, ["group", "units", "with a page", "L0", "dead", "zombie", "dense"].map((name, i) =>
+    h("thead", null, h("tr", null, ["group", "units", "with a page", "L0", "NMSE", "dead", "zombie", "dense"].map((name, i) =>
       h("th", { scope: "col", class: i ? "n" : null }, name)))),
     h("tbody", null, groups.map(group => h("tr", null,
       h("th", { scope: "row" }, h("a", { href: hrefOf.group(group.name) }, group.name), h("span", { class: "soft" }, ` ${group.title}`)),
       [group.n_units, group.n_pages].map(n => h("td", { class: "n" }, count(n))),
-      h("td", { class: "n" }, figure(group.l0)),
+      [group.l0, group.nmse].map(x => h("td", { class: "n" }, figure(x))),
       FLAGS.map(([name]) => h("td", { class: "n" }, count(group[name]))))))));
 }

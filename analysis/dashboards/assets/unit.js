@@ -31,8 +31,11 @@ async function unitPage(site, name, unit) {
 function factsOf(columns, unit, page, site) {
   const rows = [["frequency", percent(columns.frequency[unit])], ["largest act", figure(columns.max[unit])],
     ["entropy of its tokens", columns.entropy[unit] === null ? "—" : `${figure(columns.entropy[unit])} bits`]];
+  if (page?.label) rows.push(["label", [page.label.name, h("span", { class: "soft" },
+    ` told ${percent(page.label.score)} of ${count(page.label.contexts)} contexts right, half by chance; by ${page.label.provider}`)]]);
   if (columns.token[unit] !== "") rows.push(["most often at", token(columns.token[unit])]);
-  if (page) rows.push(["mean act", figure(page.mean_act)], ["documents", `${count(page.documents)} of ${count(site.documents)}`]);
+  if (page) rows.push(["mean act", figure(page.mean_act)], ["documents", `${count(page.documents)} of ${count(site.documents)}`],
+    ["tokens in one of them", `${figure(page.tokens_a_document)}, at most ${count(page.busiest_tokens)} in document ${page.busiest_document}`]);
   return rows;
 }
 

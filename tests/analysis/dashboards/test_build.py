@@ -1,5 +1,6 @@
 """A site against the survey and details it is made of; one that was cut short is gone on with."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,14 +9,17 @@ import torch
 from analysis.dashboards import build as build_module
 from analysis.dashboards.__main__ import main
 from analysis.dashboards.build import blocks_of, build, chunks_of
+from analysis.dashboards.cayley_opening import parity_sheets
 from analysis.dashboards.choice import flags_of
 from analysis.dashboards.details import look_at
 from analysis.dashboards.pages import UNITS_PER_CHUNK
 from analysis.dashboards.prompts import PROMPTS
 from analysis.dashboards.survey import survey
 from analysis.geometry import nearest_atoms
+from analysis.parity import Subject
 from cayley_interp import CayleyDictionary
-from tests.analysis.dashboards.tiny_site import NAME, SURROGATE, files_of, read_data, tiny_opened
+from cayley_interp.losses import window_losses
+from tests.analysis.dashboards.tiny_site import NAME, SURROGATE, ByRule, files_of, read_data, tiny_opened
 
 ALL = ("random:64",)
 
@@ -162,6 +166,67 @@ def test_exports_are_beside_the_pages(opened, tmp_path):
 
 def some_unit(opened) -> int:
     return int(survey(opened.source, opened.text)[3].counter.opened.argmax())
+
+
+def test_labels_are_on_the_pages_and_in_the_index(opened, tmp_path):
+    out = tmp_path / "site"
+    build(opened, out, features=("random:12",), provider=ByRule())
+    n_named = 0
+    for group in read_data(out, "site")["groups"]:
+        index = read_data(out, f"index-{group['name']}")
+        for chunk in {page for page in index["page"] if page >= 0}:
+            for unit, page in read_data(out, f"units-{group['name']}-{chunk:04d}")["units"].items():
+                assert index["label"][int(unit)] == (page["label"] or {"name": ""})["name"]
+                if page["label"] is not None:
+                    n_named += 1
+                    assert page["label"]["name"].startswith("<i>")
+                    assert 0 <= page["label"]["score"] <= 1
+                    assert page["label"]["provider"] == "rules <b>"
+    assert n_named > 5
+
+
+def test_a_provider_is_asked_nothing_twice(opened, tmp_path):
+    out, whole = tmp_path / "site", ByRule()
+    build(opened, tmp_path / "whole", features=("random:12",), provider=whole)
+    first, second = ByRule(fails_at=5), ByRule()
+    with pytest.raises(ValueError, match="gives no completion"):
+        build(opened, out, features=("random:12",), provider=first)
+    with (out / "work" / "labels.jsonl").open("a") as file:
+        file.write('{"group": "L0.0", "un')  # as a kill leaves it
+    build(opened, out, features=("random:12",), provider=second)
+    assert first.asked - 1 + second.asked - whole.asked in (0, 1)  # of the unit that failed the name may be known
+    assert files_of(out / "data") == files_of(tmp_path / "whole" / "data")
+
+
+def test_without_a_provider_there_are_no_labels(site):
+    assert "label" not in read_data(site, "index-L0.0")
+
+
+def test_contexts_in_which_a_unit_is_closed_are_closed_all_through(opened, surveys):
+    chosen = [own.counter.opened.nonzero().flatten()[:6].tolist() for own in surveys]
+    (found, *_), (plain, *_) = (look_at(opened.source, opened.text, surveys, chosen, closed=c) for c in (True, False))
+    assert sum(len(details.closed) for details in found) > 10
+    codes = opened.source.run(opened.text.windows, opened.text.counted).codes[0]
+    for details, without in zip(found, plain, strict=True):
+        assert without.closed == []
+        assert details.contexts == without.contexts
+        for context in details.closed:
+            window = opened.text.windows[context.window].tolist()
+            here = [s for s in range(len(window)) if window[s : s + len(context.tokens)] == context.tokens]
+            is_open = (codes[0][context.window] == details.unit) & (codes[1][context.window] != 0)
+            assert not any(is_open[s : s + len(context.tokens)].any() for s in here[:1])
+
+
+def test_tables_are_measured_for_the_model_page(opened, tmp_path):
+    beside = Subject("plain", tiny_opened(seed=1).source.model, None)
+    subject = Subject(NAME, opened.source.model, None)
+    measured = replace(opened, sheets=lambda progress: parity_sheets([subject, beside], opened.text, progress))
+    build(measured, tmp_path / "site", features=("random:1",))
+    losses, differences, positions = read_data(tmp_path / "site", "site")["sheets"]
+    a, b = (window_losses(s.model, opened.text.windows, 8) for s in (subject, beside))
+    assert [float(row[1]) for row in losses["rows"]] == pytest.approx([a.mean().item(), b.mean().item()], abs=1e-4)
+    assert float(differences["rows"][0][1].split(" ± ")[0]) == pytest.approx((a - b).mean().item(), abs=1e-4)
+    assert len(positions["rows"]) == 5  # 0, 1, 2-3, 4-7, 8-14
 
 
 def test_a_finished_site_is_not_built_again(opened, site):

@@ -17,7 +17,7 @@ def surveyed(frequencies: list[float], acts: list[float] | None = None) -> Surve
     counter.opened = (torch.tensor(frequencies, dtype=torch.float64) * 1000).round().long()
     counter.selected = counter.opened.clone()
     counter.magnitude = counter.opened * torch.tensor(acts or [1.0] * len(frequencies), dtype=torch.float64)
-    return Survey(counter, BestEvents(len(frequencies), 1), BestEvents(len(frequencies), 1))
+    return Survey(counter, BestEvents(len(frequencies), 1), BestEvents(len(frequencies), 1), nmse=0.5)
 
 
 # unit 0 dead, 1 dense, 2 a zombie, the others by rising frequency

@@ -69,6 +69,26 @@ def test_every_unit_is_counted_and_its_strongest_events_kept(model, text):
                 assert entropies[unit].isnan()
 
 
+@torch.no_grad()
+def test_the_nmse_of_a_level_is_of_what_it_and_those_above_hand_to_the_mlp(model, text):
+    source = CayleySource(model, "tiny", batch_size=7)
+    surveys = survey(source, text)
+    for i, (group, own) in enumerate(zip(source.groups, surveys, strict=True)):
+        read: list[torch.Tensor] = []
+        norm = model.blocks()[group.layer].norm2
+        handle = norm.register_forward_hook(lambda *of_call, read=read: read.append(of_call[-1]))
+        codes = model.codes(text.windows)[group.layer]
+        handle.remove()
+        x = read[0][text.counted].double()
+        sparse = model.bottlenecks()[group.layer]
+        h = sum(sparse.dictionary.combine(sparse.to_dense(codes)[j]) for j in range(group.level + 1))
+        h = h[text.counted].double()
+        x, h, weight = x - x.mean(0), h - h.mean(0), 1 / x.var(0, correction=0)
+        scale = (x * h * weight).sum() / (h.square() * weight).sum()
+        nmse = ((scale * h - x).square() * weight).mean()
+        assert own.nmse == pytest.approx(nmse.item(), rel=1e-4), i
+
+
 def chosen_of(surveys) -> list[list[int]]:
     return [own.counter.opened.nonzero().flatten()[::3].tolist() for own in surveys]
 
@@ -90,7 +110,9 @@ def test_details_are_what_the_dense_acts_say(model, text):
                 N_WINDOWS, POSITION_BINS, -1
             ).sum((0, 2))
             assert found.by_position == pytest.approx(by_position.tolist())
-            assert found.documents == len(text.documents.flatten()[act != 0].unique())
+            documents = Counter(text.documents.flatten()[act != 0].tolist())
+            assert found.documents == len(documents)
+            assert found.busiest == min(documents.items(), key=lambda item: (-item[1], item[0]))
             for context in found.contexts:
                 tokens = text.windows[context.window].tolist()
                 start = next(
@@ -153,7 +175,7 @@ def test_the_batch_size_does_not_matter(model, text):
     chosen = chosen_of(surveys[0])
     looks = [look_at(source, text, own, chosen) for source, own in zip(sources, surveys, strict=True)]
     for a, b in zip(looks[0][1], looks[1][1], strict=True):
-        assert (a.histogram, a.documents, a.co_firing) == (b.histogram, b.documents, b.co_firing)
+        assert (a.histogram, a.documents, a.busiest, a.co_firing) == (b.histogram, b.documents, b.busiest, b.co_firing)
         torch.testing.assert_close(a.written, b.written)
 
 

@@ -51,18 +51,18 @@ def context(which: str, *tokens: int, open_at: int | None = None) -> Context:
     return Context(which, list(tokens), acts, open_at or 0, window=0, document=0)
 
 
-def details(n_others: int = 3) -> Details:
+CLOSED = [context("closed", 0, 3, 4), context("closed", 7, 4, 6), *[context("closed", 0, 3)] * 3]
+
+
+def details(n_others: int = 3, n_closed: int = 5) -> Details:
     contexts = [context("strongest", 0, 1, 2, open_at=1), context("strongest", 7, 1, open_at=1)]
     contexts += [context("middle", 1, 4, 5, open_at=0), *[context("random", 6, 1, 2, open_at=1)] * n_others]
-    return Details(3, contexts, [1], False, [0.1], 1, [], torch.zeros(4))
-
-
-OTHERS = [context("random", 0, 3, 4), context("random", 7, 4, 6), *[context("random", 0, 3)] * 3]
+    return Details(3, contexts, CLOSED[:n_closed], [1], False, [0.1], 1, (0, 1), [], torch.zeros(4))
 
 
 def test_a_name_that_tells_has_score_one(endpoint):
     server, provider = endpoint
-    label = label_unit(provider, details(), OTHERS, STRINGS, frequency=0.05)
+    label = label_unit(provider, details(), STRINGS, frequency=0.05)
     assert label == Label("whale", 1.0, 8, provider.name)
     assert {headers["Authorization"] for headers in server.seen} == {"Bearer a secret"}
     assert "secret" not in provider.name
@@ -72,14 +72,14 @@ def test_a_name_that_fits_everything_or_nothing_has_the_score_of_chance(endpoint
     server, provider = endpoint
     for answer in ("none", "1, 2, 3, 4, 5, 6, 7, 8"):
         server.answer = (200, answer)
-        assert label_unit(provider, details(), OTHERS, STRINGS, frequency=0.05).score == 0.5
+        assert label_unit(provider, details(), STRINGS, frequency=0.05).score == 0.5
 
 
 def test_what_cannot_be_scored_is_not_named(endpoint):
     server, provider = endpoint
-    assert label_unit(provider, details(), OTHERS, STRINGS, frequency=0.3) is None
-    assert label_unit(provider, details(0), OTHERS, STRINGS, frequency=0.05) is None
-    assert label_unit(provider, details(), OTHERS[:2], STRINGS, frequency=0.05) is None
+    assert label_unit(provider, details(), STRINGS, frequency=0.3) is None
+    assert label_unit(provider, details(0), STRINGS, frequency=0.05) is None
+    assert label_unit(provider, details(n_closed=2), STRINGS, frequency=0.05) is None
     assert server.seen == []
 
 
@@ -92,7 +92,7 @@ def test_an_endpoint_that_fails_is_named(endpoint):
     ):
         server.answer = answer
         with pytest.raises(ValueError, match=message):
-            label_unit(provider, details(), OTHERS, STRINGS, frequency=0.05)
+            label_unit(provider, details(), STRINGS, frequency=0.05)
     nobody = OpenAICompatible("http://127.0.0.1:9/v1", "rules")
     with pytest.raises(ValueError, match="gives no completion"):
         nobody.complete("hello", 3)

@@ -58,6 +58,17 @@ def test_acts_are_the_replacements_own_at_the_tokens_that_count(kind):
     assert source.groups[0].ranks == replacement.map.ranks
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_reconstruction_is_the_replacements_own(kind):
+    host = tiny_host("llama")
+    site, replacement = Site(1), make(kind)
+    target, made = ReplacementSource(host, site, replacement, "x").run(IDS, COUNTED).reconstruction(0)
+    x, y = host.capture(site, IDS)
+    torch.testing.assert_close(target, y)
+    torch.testing.assert_close(made, replacement(x))
+
+
 CASES = [("gemma3", "molt", "post_norm_out"), ("gemma3", "transcoder", "mlp_out")] + [
     (family, kind, "mlp_out") for family in FAMILIES if family != "gemma3" for kind in KINDS
 ]

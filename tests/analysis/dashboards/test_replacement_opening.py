@@ -6,18 +6,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from analysis.behaviour import measure_behaviour
+from analysis.dashboards.cayley_opening import open_beside
 from analysis.dashboards.details import look_at
 from analysis.dashboards.opening import Opened, open_named
 from analysis.dashboards.replacement_opening import is_saelens, open_source
 from analysis.dashboards.survey import survey
 from analysis.held_out import HeldOut, write_held_out
+from analysis.parity import Subject
+from cayley_interp import CayleyGPT
 from molt_lens import MixtureOfDecoders, Molt, Replacement, SparseMap, Transcoder
 from molt_lens.folder import save_replacement
 from molt_lens.hosts import Host, Site, load_host
+from tests.analysis.dashboards.tiny_site import tiny_opened
+from tests.analysis.fabricated import make_tokenizer
 from tests.molt_lens.host_models import D_VOCAB, EOS_ID, tiny_model, tiny_tokenizer
 from tests.molt_lens.test_gemma_scope import config, params, write
 
 D = 32
+
+
+def with_tokenizer() -> CayleyGPT:
+    model = tiny_opened().source.model
+    model.tokenizer = make_tokenizer()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +75,29 @@ def test_a_molts_run_is_read_on_what_it_held_out(host, tmp_path):
     assert len(opened.strings) == D_VOCAB
     assert {len(extra["singular"]["raw"]) for extra in extras_of(opened)} <= {4, 8}
     assert opened.fingerprint != open_source(str(run), tokens=1_000, host=host.name).source.name
+
+
+def test_the_model_page_says_what_the_host_says_with_it_spliced_in(host, tmp_path):
+    run = write_run(tmp_path / "run", host, Molt(D, D, gate="topk:2", ladder=((8, 1), (4, 3))))
+    opened = open_named(str(run), layers=None, tokens=1_000, device="cpu")
+    (sheet,) = opened.sheets(lambda *_: None)
+    source = opened.source
+    zero = torch.zeros(source.host.d_model)
+    expected = measure_behaviour(
+        source.host, {source.site: source.replacement}, opened.text.windows, {source.site: zero}
+    )
+    values = [float(row[1]) for row in sheet.rows]
+    figures = (expected.ce_host, expected.ce_spliced, expected.ce_zero, expected.recovered_zero)
+    assert values == pytest.approx([*figures, expected.kl, expected.top1], abs=1e-3)
+    assert f"{expected.tokens:,} predicted tokens" in sheet.title
+
+
+def test_a_vanilla_model_is_beside_a_cayley_gpt_alone(host, tmp_path):
+    run = write_run(tmp_path / "run", host, Molt(D, D, gate="topk:2", ladder=((8, 1), (4, 3))))
+    with pytest.raises(ValueError, match="is no Cayley-GPT; leave --vanilla out"):
+        open_named(str(run), layers=None, tokens=1_000, device="cpu", vanilla="vanilla-tiny-sotu")
+    with pytest.raises(ValueError, match="have different tokenizers"):
+        open_beside(Subject("tiny", with_tokenizer(), None), "vanilla-tiny-sotu", "cpu")
 
 
 MAPS = [

@@ -62,6 +62,9 @@ def test_a_feature_writes_its_row_through_the_final_norm(family, hook_name, norm
     x = cache[source.hook_name]
     expected = sae.encode(x)
     torch.testing.assert_close(run.codes[0], expected * COUNTED[..., None])
+    target, made = run.reconstruction(0)
+    torch.testing.assert_close(target, x)
+    torch.testing.assert_close(made, sae(x))
     window, pos, unit = run.codes[0].nonzero()[::11].T
     written = run.writes(0, window, pos, unit)
     residual, norm = cache["ln_final.hook_in"][window, pos], bridge.ln_final.original_component
