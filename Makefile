@@ -39,7 +39,7 @@ molt: $(VENV)/.installed-gemma
 
 # Tests that take over 20 seconds, a browser or the packaged Gemma.
 test-slow: $(VENV)/.installed-dev $(VENV)/.installed-gemma
-	$(BIN)/python -m pytest -m "slow or browser or gemma"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or browser or gemma"
 
 # TransformerLens 4 in an environment of its own: SAELens cannot be installed beside it.
 TL4 := $(VENV)-tl4
@@ -70,12 +70,15 @@ bench: $(VENV)/.installed-dev $(VENV)/.installed-gemma
 	$(BIN)/python -m tests.benchmarks.bench_activations
 	$(BIN)/python -m tests.benchmarks.bench_jacobian
 
-# The site, built strictly: a warning is an error.
-$(VENV)/.installed-docs: $(VENV)/.installed
+# The site with two sites of dashboards in it, built strictly: a warning is an error.
+$(VENV)/.installed-docs: $(VENV)/.installed $(VENV)/.installed-gemma
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 docs: $(VENV)/.installed-docs
+	$(BIN)/python -m analysis.dashboards cayley-tiny-2L-sotu --vanilla vanilla-tiny-sotu --features top:100 \
+		--tokens 65536 --out docs/_dashboards/cayley-tiny-2L-sotu
+	$(BIN)/python -m analysis.dashboards molt-gemma-3-270m-L9-2M --tokens 16384 --out docs/_dashboards/molt-gemma-3-270m-L9-2M
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 	@echo "site: $(CURDIR)/docs/_build/html/index.html"
 
@@ -83,4 +86,4 @@ docs-serve: docs
 	$(BIN)/python -m http.server --directory docs/_build/html
 
 clean:
-	rm -rf $(VENV) $(TL4) .pytest_cache .ruff_cache .hypothesis
+	rm -rf docs/_build docs/_dashboards $(VENV) $(TL4) .pytest_cache .ruff_cache .hypothesis

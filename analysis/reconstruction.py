@@ -89,8 +89,8 @@ class ReconstructionMeter:
     def affine_nmse(self) -> float:
         """`nmse` of the reconstruction times the one number and plus the one vector that make it least.
 
-        Of a code whose scale is arbitrary and that leaves the mean of y out. About their means, the errors of 1 + s times
-        the reconstruction are errors - 2 s products + s^2 powers, least at s = products / powers.
+        Of a code whose scale is arbitrary and that leaves the mean of y out. About their means, the errors of 1 + s
+        times the reconstruction are errors - 2 s products + s^2 powers, least at s = products / powers.
         """
         weight, missed = self._weights(), self.sum - self.made
         errors, products, powers = (

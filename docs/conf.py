@@ -12,6 +12,7 @@ copyright = "2026, " + author
 html_title = "cayley-interp"
 html_theme = "furo"
 html_static_path = ["static"]
+html_extra_path = ["_dashboards"]  # built by `make docs`, copied to the root of the site
 html_css_files = ["site.css"]
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#c2571b", "color-brand-content": "#c2571b"},
@@ -41,5 +42,5 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 copybutton_exclude = ".linenos, .gp, .go"
-exclude_patterns = ["_build", "extensions", "results/*/README.md"]
+exclude_patterns = ["_build", "_dashboards", "extensions", "results/*/README.md"]
 nitpicky = False
