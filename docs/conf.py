@@ -25,6 +25,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "mathml",
+    "figures",
     "saved_notebooks",
     "plain_docstrings",
 ]

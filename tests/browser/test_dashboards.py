@@ -4,6 +4,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from analysis.dashboards.build import build
 from analysis.dashboards.chunks import write_data
 from analysis.dashboards.site import ASSETS
 from analysis.page import TEMPLATES
-from tests.analysis.dashboards.tiny_site import NAME, read_data, tiny_opened
+from analysis.tables import Sheet
+from tests.analysis.dashboards.tiny_site import NAME, ByRule, read_data, tiny_opened
 from tests.analysis.fabricated import HOSTILE
 from tests.browser.chromium import open_page, scroll_width
 
@@ -130,7 +132,7 @@ def test_the_same_over_http(browser, site):
 def test_the_model_page(browser, at):
     at()
     assert text(browser, "h1") == NAME
-    assert browser.execute_script("return document.querySelectorAll('.map td a').length") == 4 * 5
+    assert browser.execute_script("return document.querySelectorAll('.map td a').length") == 5 * 5
     assert browser.execute_script("return document.querySelectorAll('.lines polyline').length") == 1
     browser.execute_script("document.querySelector('.map td a').click()")
     title_is(browser, "L0.0 · ")
@@ -310,3 +312,40 @@ def test_the_colours_are_those_of_a_report():
     for start in (":root {\n  --page", "@media (prefers-color-scheme: dark) {"):
         block = report[report.index(start) :].split("}")[0]
         assert block in site
+
+
+def test_labels_are_text_are_searched_and_come_with_their_score(browser, tmp_path):
+    build(tiny_opened(), tmp_path / "site", features=("random:12",), provider=ByRule())
+    index = read_data(tmp_path / "site", "index-L1.1")
+    unit = next(unit for unit, label in enumerate(index["label"]) if label)
+    browser.get_log("browser")
+    open_page(browser, f"{(tmp_path / 'site' / 'index.html').as_uri()}#/u/L1.1/{unit}")
+    wait(browser, "document.querySelector('.facts')")
+    assert index["label"][unit] in text(browser, ".facts")
+    assert "contexts right, half by chance; by rules <b>" in text(browser, ".facts")
+    open_page(browser, f"{(tmp_path / 'site' / 'index.html').as_uri()}?again#/g/L1.1")
+    wait(browser, "document.querySelector('#search')")
+    press(browser, "/")
+    press(browser, "<i>")
+    wait(
+        browser,
+        f"document.querySelector('[role=status]').textContent.startsWith('{sum(map(bool, index['label']))} of')",
+    )
+    assert browser.get_log("browser") == []
+
+
+def test_the_model_page_has_figures_by_level_and_tables(browser, tmp_path):
+    sheet = Sheet("Loss <b>", ["model", "loss"], [["<i>plain</i>", "4.1"], ["tiny", "4.2"]])
+    build(replace(tiny_opened(), sheets=lambda _: [sheet]), tmp_path / "site", features=("random:1",))
+    open_page(browser, (tmp_path / "site" / "index.html").as_uri())
+    wait(browser, "document.querySelector('.map')")
+    maps = browser.execute_script("return [...document.querySelectorAll('.map b')].map(node => node.textContent)")
+    assert maps == ["L0", "NMSE", "Dead", "Zombie", "Dense"]
+    groups = read_data(tmp_path / "site", "site")["groups"]
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('.map')[1].querySelectorAll('td')].map(node => Number(node.textContent))"
+    )
+    by_level = sorted(groups, key=lambda group: (group["level"], group["layer"]))
+    assert shown == pytest.approx([group["nmse"] for group in by_level], rel=5e-3)
+    assert "Loss <b>" in text(browser)
+    assert "<i>plain</i>4.1" in text(browser)
