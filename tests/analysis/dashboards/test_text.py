@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from analysis.dashboards import text as text_module
-from analysis.dashboards.text import text_of_prompt, text_of_shards, text_of_speeches
+from analysis.dashboards.text import all_count, pack_with, text_of_prompt, text_of_shards, text_of_speeches
 from analysis.shards import read_shards
 from analysis.speeches import Speech
 from tests.analysis.fabricated import SPECIAL, make_tokenizer
@@ -28,17 +28,17 @@ def test_a_document_ends_with_its_end_of_text(tmp_path):
 
 
 def test_windows_are_spread_over_the_speeches(monkeypatch):
-    speeches = [Speech(str(i), 2000, "", "", "", chr(ord("a") + i) * length) for i, length in enumerate([9, 3, 40, 8])]
+    lengths = [90, 30, 400, 80]
+    speeches = [Speech(str(i), 2000, "", "", "", chr(ord("a") + i) * n) for i, n in enumerate(lengths)]
     monkeypatch.setattr(text_module, "read_speeches", lambda: speeches)
     tokenizer = make_tokenizer()
-    every = text_of_speeches(tokenizer, 4, 10_000)
-    assert [tokenizer.decode(row.tolist()) for row in every.windows] == ["aaaa"] * 2 + ["cccc"] * 10 + ["dddd"] * 2
-    assert every.documents[:, 0].tolist() == [0] * 2 + [1] * 10 + [2] * 2
+    every = text_of_speeches(pack_with(tokenizer, 4), all_count, 4, 32)
+    assert [tokenizer.decode(row.tolist()) for row in every.windows] == [c * 4 for c in "aabccdd"]
+    assert every.documents[:, 0].tolist() == [0, 0, 1, 2, 2, 3, 3]
     assert torch.equal(every.documents, every.documents[:, :1].expand(-1, 4))
-    some = text_of_speeches(tokenizer, 4, 17)
-    assert [tokenizer.decode(row.tolist()) for row in some.windows] == ["aaaa", "cccc", "cccc", "cccc"]
+    assert every.counted.all()
     with pytest.raises(ValueError, match="is no window of n_ctx = 4 tokens"):
-        text_of_speeches(tokenizer, 4, 3)
+        text_of_speeches(pack_with(tokenizer, 4), all_count, 4, 3)
 
 
 def test_a_prompt_is_cut_to_the_window():
