@@ -129,7 +129,7 @@ def _write_units(
             looked_at = [of_unit[unit] for unit in chunk]
             for export in exports:  # before the pages: a chunk that is there has been exported
                 EXPORTS[export](out, opened, group, surveys[group], looked_at, number)
-            pages = chunk_of(opened, group, surveys[group], looked_at)
+            pages = chunk_of(opened, group, surveys[group], looked_at, progress)
             if labelling is not None:
                 labelling.add(own.name, surveys[group], looked_at, pages, progress)
             write_data(out, _chunk_key(own.name, number), pages)

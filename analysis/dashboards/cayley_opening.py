@@ -104,7 +104,13 @@ class CayleyExtras:
         """In each level the atoms that are as near to any one as its nearest is: the same number for all."""
         self.level_of = [group.level or 0 for group in source.groups]
 
-    def __call__(self, group: int, details: Sequence[Details], string: StringIndex) -> list[dict[str, Any]]:  # noqa: ARG002
+    def __call__(
+        self,
+        group: int,
+        details: Sequence[Details],
+        string: StringIndex,  # noqa: ARG002
+        progress: Progress = lambda *_: None,  # noqa: ARG002  (all of it is algebra)
+    ) -> list[dict[str, Any]]:
         return [self.of(self.level_of[group], d.unit) for d in details]
 
     def of(self, level: int, unit: int) -> dict[str, Any]:

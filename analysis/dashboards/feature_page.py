@@ -9,6 +9,7 @@ from torch import Tensor
 
 from analysis.dashboards.details import Details
 from analysis.dashboards.opening import StringIndex
+from analysis.dashboards.survey import Progress
 
 NEAREST = 12
 ROWS_AT_A_TIME = 16
@@ -38,7 +39,13 @@ class FeatureExtras:
             norms = self.W_dec.float().norm(dim=-1)
         self.norms = None if norms is None else norms.detach()
 
-    def __call__(self, group: int, details: Sequence[Details], string: StringIndex) -> list[dict[str, Any]]:  # noqa: ARG002
+    def __call__(
+        self,
+        group: int,  # noqa: ARG002  (there is one)
+        details: Sequence[Details],
+        string: StringIndex,  # noqa: ARG002
+        progress: Progress = lambda *_: None,  # noqa: ARG002  (of one product of matrices)
+    ) -> list[dict[str, Any]]:
         units = torch.tensor([own.unit for own in details], dtype=torch.int64)
         nearest = [pairs for some in units.split(ROWS_AT_A_TIME) for pairs in self._nearest(some)]
         return [

@@ -18,7 +18,7 @@ SiteKind = Literal["cayley", "molt", "transcoder", "sae"]
 StringIndex = Callable[[int], int]
 """Of a token id, the number under which a chunk keeps its string."""
 
-Extras = Callable[[int, Sequence[Details], StringIndex], list[dict[str, Any]]]
+Extras = Callable[[int, Sequence[Details], StringIndex, Progress], list[dict[str, Any]]]
 """Of units of one group, by its number in the source, what a page of their kind shows besides."""
 
 

@@ -13,7 +13,7 @@ from analysis.dashboards.chunks import Strings, short, shortened
 from analysis.dashboards.details import Context, Details
 from analysis.dashboards.events import NOWHERE
 from analysis.dashboards.opening import Opened
-from analysis.dashboards.survey import Survey
+from analysis.dashboards.survey import Progress, Survey
 
 UNITS_PER_CHUNK = 64
 MOVED = 10
@@ -52,12 +52,14 @@ def common_tokens(opened: Opened, survey: Survey) -> Iterator[str]:
         yield opened.strings[int(Counter(found).most_common(1)[0][0])] if found else ""
 
 
-def chunk_of(opened: Opened, group: int, survey: Survey, details: Sequence[Details]) -> dict[str, Any]:
+def chunk_of(
+    opened: Opened, group: int, survey: Survey, details: Sequence[Details], progress: Progress = lambda *_: None
+) -> dict[str, Any]:
     """The pages of at most 64 units of a group."""
     strings = Strings(opened.strings)
     logits = logits_of(opened, details)
     entropies, flags = survey.entropies_of(opened.text, [d.unit for d in details]), flags_of(survey)
-    extras = opened.extras(group, details, strings)
+    extras = opened.extras(group, details, strings, progress)
     units = {}
     for own, entropy, moved, extra in zip(details, entropies, logits, extras, strict=True):
         counter, unit = survey.counter, own.unit

@@ -22,6 +22,7 @@ from analysis.dashboards.opening import StringIndex
 from analysis.dashboards.readout import embedding
 from analysis.dashboards.replacement import ReplacementPass, ReplacementSource
 from analysis.dashboards.sources import Text
+from analysis.dashboards.survey import Progress
 from analysis.true_mlp import read_norm
 from analysis.unit_worth import MapWorth, transform_worth
 from molt_lens import Molt
@@ -93,9 +94,19 @@ class TransformExtras:
         self.raw = list(zip(folded.U.split(map.ranks), folded.V.split(map.ranks), strict=True))
         self.ranks, self.centre = map.ranks, folded.centre
 
-    def __call__(self, group: int, details: Sequence[Details], string: StringIndex) -> list[dict[str, Any]]:  # noqa: ARG002
-        places = self._places(details, string)
-        return [self._of(own.unit, string) | {"at": at} for own, at in zip(details, places, strict=True)]
+    def __call__(
+        self,
+        group: int,  # noqa: ARG002  (there is one)
+        details: Sequence[Details],
+        string: StringIndex,
+        progress: Progress = lambda *_: None,
+    ) -> list[dict[str, Any]]:
+        places = self._places(details, string, progress)
+        pages = []
+        for own, at in zip(details, places, strict=True):
+            pages.append(self._of(own.unit, string) | {"at": at})
+            progress("reading transforms", len(pages) / len(details))
+        return pages
 
     def _of(self, unit: int, string: StringIndex) -> dict[str, Any]:
         raw, standardised = transform_svd(*self.raw[unit]), transform_svd(*self.standardised[unit])
@@ -172,7 +183,9 @@ class TransformExtras:
         return torch.cat(xs)[:WORTH_TOKENS], torch.cat(ys)[:WORTH_TOKENS]
 
     @torch.no_grad()
-    def _places(self, details: Sequence[Details], string: StringIndex) -> list[list[dict[str, Any]]]:
+    def _places(
+        self, details: Sequence[Details], string: StringIndex, progress: Progress
+    ) -> list[list[dict[str, Any]]]:
         """What each adds at its strongest contexts, the windows run once for all."""
         wanted = [
             (context.window, row, i)
@@ -180,7 +193,8 @@ class TransformExtras:
             for i, context in enumerate([c for c in own.contexts if c.which == "strongest"][:PLACES])
         ]
         found: list[list[dict[str, Any]]] = [[] for _ in details]
-        for rows in torch.tensor(sorted({window for window, *_ in wanted})).split(self.source.batch_size):
+        batches = torch.tensor(sorted({window for window, *_ in wanted})).split(self.source.batch_size)
+        for n, rows in enumerate(batches, 1):
             run = self.source.run(self.text.windows[rows], self.text.counted[rows])
             here = [(rows.tolist().index(window), row, i) for window, row, i in wanted if window in rows]
             window, row, i = (torch.tensor(column) for column in zip(*here, strict=True))
@@ -188,6 +202,7 @@ class TransformExtras:
             pos = run.acts.cpu()[window, :, unit].abs().argmax(1)  # the context is of the strongest of its window
             for r, place in zip(row.tolist(), self._added(run, window, pos, unit, i, string), strict=True):
                 found[r].append(place)
+            progress("what transforms add in their contexts", n / len(batches))
         return [sorted(own, key=lambda place: place["context"]) for own in found]
 
     def _added(

@@ -57,7 +57,7 @@ def extras_of(opened: Opened) -> list[dict]:
     surveys = survey(opened.source, opened.text)
     units = surveys[0].counter.opened.nonzero().flatten()[:5].tolist()
     details = look_at(opened.source, opened.text, surveys, [units])[0]
-    return opened.extras(0, details, lambda token: token)
+    return opened.extras(0, details, lambda token: token, lambda *_: None)
 
 
 def test_a_molts_run_is_read_on_what_it_held_out(host, tmp_path):
@@ -150,7 +150,7 @@ def test_the_molt_of_the_package():
     surveys = survey(opened.source, opened.text)
     assert surveys[0].counter.l0() == pytest.approx(4, abs=0.6)
     details = look_at(opened.source, opened.text, surveys, [[13]])[0]
-    (page,) = opened.extras(0, details, lambda token: token)
+    (page,) = opened.extras(0, details, lambda token: token, lambda *_: None)
     # Held against the notebook that reads the same transform step by step.
     assert page["pairs"][0]["gain"] == pytest.approx(609.4, abs=0.1)
     assert page["stable_rank_raw"] == pytest.approx(3.6, abs=0.05)

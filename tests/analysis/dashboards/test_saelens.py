@@ -155,7 +155,7 @@ def test_an_sae_is_opened_by_its_folder(tmp_path):
     assert surveys[0].counter.tokens == opened.text.tokens
     units = surveys[0].counter.opened.nonzero().flatten()[:3].tolist()
     details = look_at(opened.source, opened.text, surveys, [units])[0]
-    for own, extra in zip(details, opened.extras(0, details, lambda token: token), strict=True):
+    for own, extra in zip(details, opened.extras(0, details, lambda token: token, lambda *_: None), strict=True):
         row = sae.W_dec[own.unit]
         assert extra["decoder_norm"] == pytest.approx(row.norm().item(), rel=1e-5)
         cosines = torch.nn.functional.cosine_similarity(sae.W_dec, row[None])
