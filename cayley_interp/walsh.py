@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cayley_interp.chunks import row_chunks
+from cayley_interp.kernels import takes_triton
 
 # Bits handled by one matrix product. A 64 x 64 product costs more additions than six butterflies but runs at the speed
 # of a matrix multiply; up to 7 bits a single product is the fastest split on a CPU.
@@ -25,6 +26,11 @@ def walsh_hadamard(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         ValueError: the last dimension is not a power of two.
     """
     _check_length(x.shape[-1])
+    if takes_triton(x):
+        from cayley_interp.kernels import walsh
+
+        if x.shape[-1] <= walsh.MAX_LENGTH:
+            return walsh.walsh_hadamard_triton(x)
     return _WalshHadamard.apply(x)
 
 

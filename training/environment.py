@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from cayley_interp.kernels import backend, has_triton
+
 PACKAGES = (
     *("torch", "numpy", "triton", "safetensors", "jaxtyping", "accelerate", "tokenizers", "datasets"),
     *("pyarrow", "psutil", "tyro", "wandb", "trackio", "cayley-interp"),
@@ -39,6 +41,7 @@ def describe_environment(device: str) -> dict[str, Any]:
         "cpu": {"model": cpu_model(), "count": os.cpu_count(), "torch_threads": torch.get_num_threads()},
         "device": f"{gpu['name'] if gpu else cpu_model()} ({device})",
         "gpu": gpu,
+        "kernels": {"backend": backend(), "triton": has_triton()},
     }
 
 
