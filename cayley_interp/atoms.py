@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cayley_interp.chunks import row_chunks
 from cayley_interp.dictionary import SignTables
+from cayley_interp.kernels import takes_triton
 from cayley_interp.walsh import walsh_hadamard
 
 
@@ -60,6 +61,10 @@ class _Synthesis(torch.autograd.Function):
 
 
 def _analyse(x: Tensor, indices: Tensor, tables: SignTables) -> Tensor:
+    if takes_triton(x) and tables.generators is not None:
+        from cayley_interp.kernels import atoms
+
+        return atoms.analyse(x, indices, tables.generators).to(x.dtype)
     if len(tables.patterns) == 1:  # the level is the Walsh basis itself
         return walsh_hadamard(x).gather(-1, indices)
     scores = x.new_empty(indices.shape)
@@ -69,6 +74,10 @@ def _analyse(x: Tensor, indices: Tensor, tables: SignTables) -> Tensor:
 
 
 def _synthesise(indices: Tensor, values: Tensor, tables: SignTables) -> Tensor:
+    if takes_triton(values) and tables.generators is not None:
+        from cayley_interp.kernels import atoms
+
+        return atoms.synthesise(indices, values, tables.generators).to(values.dtype)
     d = tables.walsh.shape[-1]
     if len(tables.patterns) == 1:
         return walsh_hadamard(values.new_zeros(len(values), d).scatter_add_(-1, indices, values))

@@ -142,7 +142,7 @@ class CayleySAE(nn.Module):
                     values = self._standardiser(i, flat).z(scores, chosen.indices)
                 if not self.config.signed:
                     values = values.relu()
-                shape = (*x.shape[:-1], -1)
+                shape = (*x.shape[:-1], chosen.indices.shape[-1])
                 codes.append(LevelCodes(chosen.indices.view(shape), values.view(shape)))
         return tuple(codes)
 
@@ -246,8 +246,8 @@ class CayleySAE(nn.Module):
         return Standardiser(1 / std, bias, -mean / std)
 
     def _tables(self, i: int, like: Tensor) -> SignTables:
-        walsh, patterns = self.dictionary.sign_tables(like.device, like.dtype)
-        return SignTables(walsh, patterns[: 1 << (self.levels[i].n - self.dictionary.t)])
+        tables = self.dictionary.sign_tables(like.device, like.dtype)
+        return tables._replace(patterns=tables.patterns[: 1 << (self.levels[i].n - self.dictionary.t)])
 
     @torch.no_grad()
     def _record(self, x: Float[Tensor, "n d"], codes: tuple[LevelCodes, ...]) -> None:

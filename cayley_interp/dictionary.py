@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from cayley_interp import fields
@@ -26,10 +26,14 @@ DictionaryMap = Literal["gold", "bent", "random"]
 
 
 class SignTables(NamedTuple):
-    """The two small +-1 tables whose row products are the atoms: D_(a | b << t) = walsh[a] * patterns[b] / sqrt(d)."""
+    """The two small +-1 tables whose row products are the atoms: D_(a | b << t) = walsh[a] * patterns[b] / sqrt(d).
+
+    And s(x), from whose bits kernels compute the same signs; None where they do not fit 31 bits.
+    """
 
     walsh: Float[Tensor, "d d"]
     patterns: Float[Tensor, "n_patterns d"]
+    generators: Int32[Tensor, " d"] | None
 
 
 class CayleyDictionary:
@@ -175,4 +179,5 @@ def _sign_tables(t: int, n: int, map: DictionaryMap, seed: int, device: torch.de
     walsh = hadamard_matrix(2**t, torch.device("cpu"), torch.float32) * 2 ** (t / 2)
     pattern_index = torch.arange(1 << (n - t))
     patterns = 1 - 2 * fields.parity(pattern_index[:, None] & dictionary.g)
-    return SignTables(walsh.round().to(device, dtype), patterns.to(device, dtype))
+    generators = dictionary.generators.to(device, torch.int32) if n <= 31 else None
+    return SignTables(walsh.round().to(device, dtype), patterns.to(device, dtype), generators)

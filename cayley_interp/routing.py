@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cayley_interp.chunks import row_chunks
 from cayley_interp.dictionary import SignTables
+from cayley_interp.kernels import takes_triton
 from cayley_interp.walsh import walsh_hadamard
 
 
@@ -39,6 +40,10 @@ def select_root(
     x: Float[Tensor, "n d"], standardiser: Standardiser, k: int, open_next: int | None, signed: bool
 ) -> Selection:
     """The k best of the whole Walsh basis; `open_next` best-scoring parents open (None: the active ones)."""
+    if takes_triton(x):
+        from cayley_interp.kernels import selection
+
+        return Selection(*selection.root(x, *standardiser, k=k, open_next=open_next, signed=signed))
     scores = walsh_hadamard(x)
     keys = torch.addcmul(standardiser.shift, scores, standardiser.scale)
     if standardiser.offset is not None:
@@ -64,6 +69,15 @@ def select_children(
 ) -> Selection:
     """The k best children of the open parents, at most `per_parent` of each; a chunk of tokens at a time."""
     n_children = len(tables.patterns) * x.shape[-1] >> n_parent
+    if takes_triton(x) and tables.generators is not None:
+        from cayley_interp.kernels import selection
+
+        rows, columns = selection.padded(parents.shape[-1], n_children)
+        if rows * columns <= selection.MOST_CANDIDATES:
+            best = {"k": k, "per_parent": per_parent, "open_next": open_next, "signed": signed}
+            return Selection(
+                *selection.children(x, parents, n_parent, n_children, tables.generators, *standardiser, **best)
+            )
     scale, shift = (_by_parent(a, n_parent) for a in standardiser[:2])
     parts = []
     for rows in _chunks(parents, n_children, tables):

@@ -1,6 +1,7 @@
 """Shapes annotated with jaxtyping are checked at run time, in tests only; hypothesis runs without time limits."""
 
 import os
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and its children: threads that share one spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,8 +9,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and its childr
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
-# Before anything imports the packages: the hook wraps every annotated function as its module is loaded.
-install_import_hook(["cayley_interp", "molt_lens", "training", "analysis"], "beartype.beartype")
+# Before anything imports the packages: the hook wraps every annotated function as its module is loaded. Not those of
+# kernels/, whose source Triton reads.
+OF_CAYLEY = [f"cayley_interp.{path.stem}" for path in (Path(__file__).parents[1] / "cayley_interp").glob("*.py")]
+install_import_hook([*OF_CAYLEY, "molt_lens", "training", "analysis"], "beartype.beartype")
 
 settings.register_profile(
     "two-cores", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True

@@ -1,0 +1,183 @@
+"""Which features a token selects, level by level; scores stay in registers, indices and scores of the k best go out.
+
+    root       scores = WHT(x); z = scores * scale + shift; the k largest
+    children   for the P open parents a and C children c of each, u = a | c << m:
+               score = sum_x (x[x] (-1)^<a, s(x)>) (-1)^<c, s(x) >> m>: a [P, d] by [d, C] product, both sides made of
+               parities on the spot; then z, the best per parent, the k largest
+
+    traffic   n (d + 3 k) numbers and the statistics of the candidates: 2^n scores are never written
+    bound     root: a copy of x; children: n P C d multiply-adds in float32, a C'th of the level's 2^n d for a C'th of
+              its features
+
+One program a token. Reference: `cayley_interp.routing`. Of features that tie at the last place the kernel takes the
+first, torch any; of children that tie at the last place of a parent the kernel takes all.
+"""
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+# (what is decorated is compiled by Triton and only looks like Python)
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int32, Int64
+from torch import Tensor
+
+from cayley_interp.kernels.atoms import parity, warps
+
+LEAST_DOT = 16
+"""Rows and columns of a product at least: what tensor cores take."""
+BLOCK = 128
+"""Coordinates of x in one product."""
+MOST_CANDIDATES = 16_384
+"""Of a token, in the registers of one program."""
+
+
+@triton.jit
+def _take(
+    keys, scores, features, index_pointer, score_pointer, open_pointer, token, k, n_open, most, size: tl.constexpr
+):
+    """The `most` largest keys, one by one: k of them selected, n_open opened."""
+    place = tl.arange(0, size)
+    for j in range(most):
+        at = tl.argmax(keys, axis=0)
+        here = place == at
+        feature = tl.sum(tl.where(here, features, 0), axis=0)
+        if j < k:
+            tl.store(index_pointer + token * k + j, feature.to(tl.int64))
+            tl.store(score_pointer + token * k + j, tl.sum(tl.where(here, scores, 0.0), axis=0))
+        if j < n_open:
+            tl.store(open_pointer + token * n_open + j, feature.to(tl.int64))
+        keys = tl.where(here, float("-inf"), keys)
+
+
+@triton.jit
+def _keys(
+    scores, features, scale_pointer, shift_pointer, offset_pointer, token,
+    by_feature: tl.constexpr, has_offset: tl.constexpr, signed: tl.constexpr,
+):  # fmt: skip
+    scale = tl.load(scale_pointer + features) if by_feature else tl.load(scale_pointer + token * has_offset)
+    keys = scores * scale + tl.load(shift_pointer + features)
+    if has_offset:
+        keys += tl.load(offset_pointer + token)
+    return tl.abs(keys) if signed else keys
+
+
+@triton.jit
+def _root(
+    x_pointer, scale_pointer, shift_pointer, offset_pointer, index_pointer, score_pointer, open_pointer,
+    root_d, k, n_open, most,
+    d: tl.constexpr, bits: tl.constexpr, by_feature: tl.constexpr, has_offset: tl.constexpr, signed: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    features = tl.arange(0, d)
+    scores = tl.load(x_pointer + token * d + features)
+    for _ in tl.static_range(bits):  # as in kernels/walsh.py
+        a, b = tl.split(tl.reshape(scores, (d // 2, 2)))
+        scores = tl.reshape(tl.permute(tl.join(a + b, a - b), (1, 0)), (d,))
+    scores = scores * root_d
+    keys = _keys(scores, features, scale_pointer, shift_pointer, offset_pointer, token, by_feature, has_offset, signed)
+    _take(keys, scores, features, index_pointer, score_pointer, open_pointer, token, k, n_open, most, d)
+
+
+@triton.jit
+def _children(
+    x_pointer, s_pointer, parent_pointer, scale_pointer, shift_pointer, offset_pointer,
+    index_pointer, score_pointer, open_pointer,
+    root_d, n_parents, n_children, shift_by, k, n_open, most, per_parent,
+    d: tl.constexpr, block: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+    by_feature: tl.constexpr, has_offset: tl.constexpr, signed: tl.constexpr, limited: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row, child = tl.arange(0, rows), tl.arange(0, columns)
+    parents = tl.load(parent_pointer + token * n_parents + row, mask=row < n_parents, other=0).to(tl.int32)
+    scores = tl.zeros((rows, columns), tl.float32)
+    for start in range(0, d, block):
+        column = start + tl.arange(0, block)
+        x = tl.load(x_pointer + token * d + column)[None, :]
+        s = tl.load(s_pointer + column)
+        products = tl.where(parity(parents[:, None] & s[None, :]) == 1, -x, x)
+        patterns = 1.0 - 2.0 * parity(s[:, None] & (child[None, :] << shift_by)).to(tl.float32)
+        scores = tl.dot(products, patterns, scores, input_precision="ieee")
+    scores = scores * root_d
+    known = (row[:, None] < n_parents) & (child[None, :] < n_children)
+    features = tl.where(known, parents[:, None] | (child[None, :] << shift_by), 0)
+    keys = _keys(scores, features, scale_pointer, shift_pointer, offset_pointer, token, by_feature, has_offset, signed)
+    keys = tl.where(known, keys, float("-inf"))
+    if limited:
+        ranked = tl.sort(keys, dim=1, descending=True)
+        least = tl.sum(tl.where(child[None, :] == per_parent - 1, ranked, 0.0), axis=1)
+        keys = tl.where(keys >= least[:, None], keys, float("-inf"))
+    size: tl.constexpr = rows * columns
+    keys, scores, features = tl.reshape(keys, (size,)), tl.reshape(scores, (size,)), tl.reshape(features, (size,))
+    _take(keys, scores, features, index_pointer, score_pointer, open_pointer, token, k, n_open, most, size)
+
+
+Picked = tuple[Int64[Tensor, "n k"], Float[Tensor, "n k"], Int64[Tensor, "n p"]]
+"""Indices, scores, and the features whose children are candidates next."""
+
+
+def root(
+    x: Float[Tensor, "n d"],
+    scale: Float[Tensor, "#n #size"],
+    shift: Float[Tensor, "1 size"],
+    offset: Float[Tensor, "n 1"] | None,
+    *,
+    k: int,
+    open_next: int | None,
+    signed: bool,
+) -> Picked:
+    """The k best of the Walsh basis; with `open_next` so many opened, else those that were selected."""
+    n, d = x.shape
+    out = _outputs(x, k, open_next)
+    if n:
+        _root[(n,)](
+            x.contiguous(), *_standardiser(scale, shift, offset), *out,
+            d**-0.5, k, open_next or k, max(k, open_next or k),
+            d=d, bits=d.bit_length() - 1, by_feature=scale.shape[1] > 1, has_offset=offset is not None, signed=signed,
+            num_warps=warps(d),
+        )  # fmt: skip
+    return out
+
+
+def children(
+    x: Float[Tensor, "n d"],
+    parents: Int64[Tensor, "n p"],
+    n_parent: int,
+    n_children: int,
+    generators: Int32[Tensor, " d"],
+    scale: Float[Tensor, "#n #size"],
+    shift: Float[Tensor, "1 size"],
+    offset: Float[Tensor, "n 1"] | None,
+    *,
+    k: int,
+    per_parent: int | None,
+    open_next: int | None,
+    signed: bool,
+) -> Picked:
+    """The k best children of the open parents, at most `per_parent` of each."""
+    n, d = x.shape
+    rows, columns = padded(parents.shape[1], n_children)
+    out = _outputs(x, k, open_next)
+    if n:
+        _children[(n,)](
+            x.contiguous(), generators, parents.contiguous(), *_standardiser(scale, shift, offset), *out,
+            d**-0.5, parents.shape[1], n_children, n_parent, k, open_next or k, max(k, open_next or k), per_parent or 0,
+            d=d, block=min(d, BLOCK), rows=rows, columns=columns, by_feature=scale.shape[1] > 1,
+            has_offset=offset is not None, signed=signed, limited=per_parent is not None and per_parent < n_children,
+            num_warps=warps(rows * columns * 2),
+        )  # fmt: skip
+    return out
+
+
+def padded(n_parents: int, n_children: int) -> tuple[int, int]:
+    """Rows and columns of the product that holds a token's candidates."""
+    return max(LEAST_DOT, triton.next_power_of_2(n_parents)), max(LEAST_DOT, triton.next_power_of_2(n_children))
+
+
+def _outputs(x: Tensor, k: int, open_next: int | None) -> Picked:
+    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    opened = indices if open_next is None else indices.new_empty(len(x), open_next)
+    return indices, torch.empty(len(x), k, dtype=torch.float32, device=x.device), opened
+
+
+def _standardiser(scale: Tensor, shift: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return scale.contiguous(), shift.contiguous(), scale if offset is None else offset.contiguous()
