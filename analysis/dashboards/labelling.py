@@ -9,6 +9,7 @@ from typing import Any
 from analysis.dashboards.details import Details
 from analysis.dashboards.labels import Provider, UnusableAnswer, label_unit
 from analysis.dashboards.survey import Progress, Survey
+from cayley_interp.files import write_atomically
 
 KEPT = "labels.jsonl"
 EVIDENCE = 6
@@ -27,7 +28,7 @@ class Labelling:
             except json.JSONDecodeError:
                 break  # cut off while it was written
             self.known[record["group"], record["unit"]] = record
-        self.file.write_text("".join(f"{json.dumps(record)}\n" for record in self.known.values()), encoding="utf-8")
+        write_atomically(self.file, "".join(f"{json.dumps(record)}\n" for record in self.known.values()))
 
     def add(
         self, group: str, survey: Survey, details: Sequence[Details], chunk: dict[str, Any], progress: Progress
