@@ -26,6 +26,7 @@ from analysis.comparison_tables import SHORT, By, Comparison, lines_of, points_o
 from analysis.controls import controls_of
 from analysis.held_out import HeldOut
 from analysis.hosts import open_host
+from analysis.predictors import sheet_of_predictors
 from analysis.progress import make_progress
 from analysis.subjects import SiteText, choose_text, host_of, open_subject
 from analysis.tables import to_csv, to_markdown, to_rich
@@ -146,8 +147,9 @@ def write_comparison(comparison: Comparison, out: Path, by: By) -> None:
     write_atomically(out / "compare.json", json.dumps(about, indent=2, default=str) + "\n")
     write_atomically(out / "compare.csv", to_csv(lines_of(comparison)))
     points = {site: points_of(comparison, site, by) for site in comparison.sites()}
-    sheets = [sheet(points[site], site) for site in points for sheet in (sheet_of, sheet_at_equal)]
-    write_atomically(out / "compare.md", "\n".join(map(to_markdown, sheets)))
+    kinds_of_sheet = (sheet_of, sheet_at_equal, sheet_of_predictors)
+    sheets = [sheet(points[site], site) for site in points for sheet in kinds_of_sheet]
+    write_atomically(out / "compare.md", "\n".join(to_markdown(sheet) for sheet in sheets if sheet is not None))
     write_comparison_page(comparison, out / "index.html", by)
 
 

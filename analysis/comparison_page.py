@@ -22,6 +22,7 @@ from analysis.comparison_tables import (
 from analysis.page import flatten, render
 from analysis.pareto import pareto_front
 from analysis.plots import ACCENT, GREY, blank, rgb, script_safe
+from analysis.predictors import sheet_of_predictors
 from cayley_interp.files import write_atomically
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def write_comparison_page(comparison: Comparison, path: Path, by: By) -> None:
             (point.subject.control, [point.label, thousands(point.subject.parameters), *numbers(point)])
             for point in points
         ]
-        sites.append((i, title_of(site), rows, sheet_at_equal(points, site)))
+        sites.append((i, title_of(site), rows, sheet_at_equal(points, site), sheet_of_predictors(points, site)))
     settings = {
         "host": comparison.host,
         "host_fingerprint": comparison.host_fingerprint,
