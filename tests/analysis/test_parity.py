@@ -138,7 +138,7 @@ def test_several_models_are_compared_pair_by_pair(tmp_path: Path, capsys: pytest
     a, b = (str(make_run(tmp_path / name)) for name in "ab")
     main((a, b, a), tokens=40)
     out = capsys.readouterr().out
-    assert "40 validation tokens" in out
+    assert "Loss over 40 tokens" in out
     assert len(re.findall(r"[+-]\d\.\d{4} ±", out)) == 3
     assert "+0.0000" in out  # a - a
     assert "By position" not in out
