@@ -26,7 +26,7 @@ class Behaviour:
     ce_zero: float
     """With the target set to 0."""
     ce_mean: float
-    """With the target set to its mean."""
+    """With the target set to its mean; nan where no mean was given."""
     kl: float
     """KL(host || spliced)."""
     top1: float
@@ -47,25 +47,27 @@ def measure_behaviour(
     host: Host,
     replacements: Mapping[Site, Callable[[Tensor], Tensor]],
     sequences: Int64[Tensor, "sequence pos"],
-    means: Mapping[Site, Float[Tensor, " d_out"]],
+    means: Mapping[Site, Float[Tensor, " d_out"]] | None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Behaviour:
     """Forward passes of the host as it is, with the replacements, and with their targets at 0 and at `means`.
 
     Args:
+        means: None leaves the ablation to the mean out.
         progress: is told the share of the text that is done.
 
     Raises:
         ValueError: fewer than two tokens a sequence, a mean missing for a site, or losses that are not finite.
     """
-    if missing := [site for site in replacements if site not in means]:
+    if missing := [site for site in replacements if means is not None and site not in means]:
         raise ValueError(f"no mean is given for {missing[0]}: what ablation sets its target to")
-    zero = {site: _constant(torch.zeros_like(means[site])) for site in replacements}
-    mean = {site: _constant(means[site]) for site in replacements}
-    maps = {"the replacement": replacements, "zero": zero, "the mean": mean}
-    own, zeroed, averaged = spliced_sums(host, maps, sequences, progress).values()
+    maps = {"the replacement": replacements, "zero": dict.fromkeys(replacements, _constant(torch.zeros(host.d_model)))}
+    if means is not None:
+        maps["the mean"] = {site: _constant(means[site]) for site in replacements}
+    own, zeroed, *averaged = spliced_sums(host, maps, sequences, progress).values()
     tokens = int(own.tokens.sum())
-    sums = (own.ce_host, own.ce, zeroed.ce, averaged.ce, own.kl, own.top1)
+    ce_mean = averaged[0].ce if averaged else torch.tensor(torch.nan)
+    sums = (own.ce_host, own.ce, zeroed.ce, ce_mean, own.kl, own.top1)
     return Behaviour(tokens, *(s.sum().item() / tokens for s in sums))
 
 

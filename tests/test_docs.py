@@ -98,11 +98,12 @@ def test_there_are_blocks():
 
 
 @pytest.mark.parametrize("block", PYTHON)
-def test_python_runs_as_it_stands(block, tmp_path, monkeypatch):
+def test_python_runs_as_it_stands(block, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for many, few in FEWER.items():
         block = block.replace(many, few)
     exec(compile(block, "block", "exec"), {"__name__": "__main__"})
+    assert bool(capsys.readouterr().out.strip()) >= ("print(" in block)  # what it says it prints, it does
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

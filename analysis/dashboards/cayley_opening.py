@@ -7,10 +7,10 @@ from typing import Any
 
 from analysis.dashboards.cayley import CayleySource
 from analysis.dashboards.details import Details
-from analysis.dashboards.opening import Curve, Figure, Opened, StringIndex
+from analysis.dashboards.opening import Curve, Figure, Opened, StringIndex, points_of
 from analysis.dashboards.sources import Text
 from analysis.dashboards.survey import Progress
-from analysis.dashboards.text import all_count, pack_with, text_of_prompt, text_of_shards, text_of_speeches
+from analysis.dashboards.text import SPEECHES, all_count, pack_with, text_of_prompt, text_of_shards, text_of_speeches
 from analysis.geometry import nearest_atoms, spectrum_by_walsh
 from analysis.page import flatten, read_metrics
 from analysis.parity import Subject, compare_on, open_subject, sheets
@@ -48,7 +48,7 @@ def open_cayley(
     if subject.shards is None:
         text, where = (
             text_of_speeches(pack_with(tokenizer, n_ctx), all_count, n_ctx, tokens),
-            "State of the Union speeches, some of which it may have been trained on",
+            SPEECHES,
         )
     else:
         text, where = (
@@ -136,11 +136,7 @@ def loss_figures(metrics: Path) -> list[Figure]:
         ValueError: a line of the log that is not a JSON object.
     """
     records = read_metrics(metrics)
-    curves = []
-    for key, name in LOSSES.items():
-        points = [(float(r["step"]), float(r[key])) for r in records if key in r and "step" in r]
-        if points:
-            curves.append(Curve(name, points))
+    curves = [Curve(name, points) for key, name in LOSSES.items() if (points := points_of(records, key))]
     return [Figure("Loss", "step", "nats per token", curves)] if curves else []
 
 

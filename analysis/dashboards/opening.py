@@ -38,6 +38,11 @@ class Figure:
     curves: list[Curve]
 
 
+def points_of(records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """A figure of a run's log against its steps, where it has both."""
+    return [(float(r["step"]), float(r[key])) for r in records if key in r and "step" in r]
+
+
 @dataclass(frozen=True, eq=False)
 class Opened:
     """

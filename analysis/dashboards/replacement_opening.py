@@ -5,19 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from analysis.behaviour import measure_behaviour
 from analysis.dashboards.feature_page import FeatureExtras
 from analysis.dashboards.host_text import prompt_of_host, text_of_host, text_of_sequences
-from analysis.dashboards.opening import Curve, Extras, Figure, Opened, SiteKind
+from analysis.dashboards.opening import Curve, Extras, Figure, Opened, SiteKind, points_of
 from analysis.dashboards.replacement import ReplacementSource
 from analysis.dashboards.sources import Text
 from analysis.dashboards.survey import Progress
+from analysis.dashboards.text import SPEECHES
 from analysis.dashboards.transform_page import TransformExtras
 from analysis.held_out import HELD_OUT, read_held_out
 from analysis.hosts import open_host
 from analysis.page import flatten, read_metrics
-from analysis.splicing import spliced_sums
 from analysis.subjects import digest_of, host_of, is_run, kind_of
 from analysis.tables import Sheet
 from analysis.tokens import token_strings
@@ -27,7 +26,7 @@ from molt_lens.hosts import Host
 from molt_lens.opening import BUNDLED, bundled_replacements, open_replacement
 
 SPLICED_TOKENS = 2_048
-CURVES = {"mse": ("Error", "mean squared error, standardised"), "l0": ("Open units", "L0")}
+CURVES = {"mse": ("Error", "step", "mean squared error, standardised"), "l0": ("Open units", "step", "L0")}
 
 
 def open_source(
@@ -135,26 +134,23 @@ def about(source: ReplacementSource, training: dict[str, Any]) -> list[tuple[str
 
 def behaviour_sheet(source: ReplacementSource, text: Text, progress: Progress) -> Sheet:
     """What the host says with the replacement spliced in, on windows spread over the text."""
-    rows = torch.arange(n := min(len(text.windows), -(-SPLICED_TOKENS // text.n_ctx))) * len(text.windows) // n
-    site, zero = source.site, torch.zeros(source.host.d_model, device=source.host.device)
-    maps = {"spliced": {site: source.replacement}, "zero": {site: lambda x: zero.to(x).expand_as(x)}}
-    sums = spliced_sums(
-        source.host, maps, text.windows[rows], lambda share: progress("splicing it into its host", share)
-    )
-    own, tokens = sums["spliced"], sums["spliced"].tokens.sum()
-    host, spliced, zeroed, kl, top1 = (
-        (s.sum() / tokens).item() for s in (own.ce_host, own.ce, sums["zero"].ce, own.kl, own.top1)
+    found = measure_behaviour(
+        source.host,
+        {source.site: source.replacement},
+        text.windows[text.spread(SPLICED_TOKENS)],
+        means=None,
+        progress=lambda share: progress("splicing it into its host", share),
     )
     return Sheet(
-        f"Spliced into {source.host.name}, over {int(tokens):,} predicted tokens",
+        f"Spliced into {source.host.name}, over {found.tokens:,} predicted tokens",
         ["measure", "value"],
         [
-            ["loss of the host, nats", f"{host:.4f}"],
-            ["loss with it in the MLP's place", f"{spliced:.4f}"],
-            ["loss with the MLP's output at zero", f"{zeroed:.4f}"],
-            ["share of that loss won back", f"{(zeroed - spliced) / (zeroed - host):.3f}"],
-            ["KL from the host, nats", f"{kl:.4f}"],
-            ["same likeliest token", f"{top1:.3f}"],
+            ["loss of the host, nats", f"{found.ce_host:.4f}"],
+            ["loss with it in the MLP's place", f"{found.ce_spliced:.4f}"],
+            ["loss with the MLP's output at zero", f"{found.ce_zero:.4f}"],
+            ["share of that loss won back", f"{found.recovered_zero:.3f}"],
+            ["KL from the host, nats", f"{found.kl:.4f}"],
+            ["same likeliest token", f"{found.top1:.3f}"],
         ],
     )
 
@@ -165,12 +161,9 @@ def figures_of(metrics: Path) -> list[Figure]:
     Raises:
         ValueError: a line of the log that is not a JSON object.
     """
-    records, figures = read_metrics(metrics), []
-    for key, (title, y) in CURVES.items():
-        points = [(float(r["step"]), float(r[key])) for r in records if key in r and "step" in r]
-        if points:
-            figures.append(Figure(title, "step", y, [Curve("training", points)]))
-    return figures
+    records = read_metrics(metrics)
+    curves = {key: points_of(records, key) for key in CURVES}
+    return [Figure(*CURVES[key], [Curve("training", points)]) for key, points in curves.items() if points]
 
 
 def _extras(source: ReplacementSource, text: Text) -> Extras:
@@ -184,7 +177,7 @@ def _text(name: str, host: Host, tokens: int) -> tuple[Text, str]:
     run = Path(name)
     if is_run(name) and (run / HELD_OUT).is_file():
         return text_of_sequences(host, read_held_out(run).input_ids, tokens), "what its run held out"
-    return text_of_host(host, tokens), "State of the Union speeches, some of which it may have been trained on"
+    return text_of_host(host, tokens), SPEECHES
 
 
 def _is_gemma_scope(path: Path) -> bool:

@@ -122,9 +122,8 @@ class SaelensPass:
         residual: Float[Tensor, "window pos d_model"],
         counted: Bool[Tensor, "window pos"],
     ):
-        self._source, self._y = source, y
+        self._source, self._x, self._y = source, x, y
         sae = source.sae
-        self._made = sae(x)  # the skip connection of a skip transcoder too, which decode leaves out
         self.acts: Float[Tensor, "window pos unit"] = sae.encode(x) * counted[..., None]
         self.codes: list[Codes] = [self.acts]
         self._scale = source.readout.scale(residual)
@@ -135,11 +134,13 @@ class SaelensPass:
         elif sae.cfg.normalize_activations == "constant_norm_rescale":
             self._decoded_by = 1 / sae.x_norm_coeff
 
+    @torch.no_grad()
     def reconstruction(
         self,
         group: int,  # noqa: ARG002  (there is one)
     ) -> tuple[Float[Tensor, "window pos d_out"], Float[Tensor, "window pos d_out"]]:
-        return self._y.flatten(2), self._made.flatten(2)
+        """The skip connection of a skip transcoder too, which decode leaves out."""
+        return self._y.flatten(2), self._source.sae(self._x).flatten(2)
 
     @torch.no_grad()
     def writes(

@@ -54,6 +54,11 @@ class Text:
     def tokens(self) -> int:
         return int(self.counted.sum())
 
+    def spread(self, tokens: int) -> Int64[Tensor, " row"]:
+        """Numbers of windows spread evenly over all, of so many tokens together or all there are."""
+        n = min(len(self.windows), -(-tokens // self.n_ctx))
+        return torch.arange(n) * len(self.windows) // n
+
 
 Codes = tuple[Tensor, Tensor] | Tensor
 """Of a group on a batch: indices and values [window, pos, k], or dense acts [window, pos, unit], 0 where a token is not

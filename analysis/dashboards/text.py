@@ -12,6 +12,9 @@ from analysis.shards import TokenShards, read_windows
 from analysis.speeches import read_speeches
 from cayley_interp.tokenizer import EOS
 
+SPEECHES = "State of the Union speeches, some of which it may have been trained on"
+"""What pages say of a text that a model was not told to leave out."""
+
 CHARACTERS = 8
 """Of a speech for each token of a window: more than any window takes up, so that no whole speech is tokenised."""
 

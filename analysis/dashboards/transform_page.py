@@ -172,12 +172,10 @@ class TransformExtras:
 
     def _sample(self) -> tuple[Float[Tensor, "token d_in"], Float[Tensor, "token d_out"]]:
         """x and y at the first tokens that count of windows spread over the text."""
-        windows, counted = self.text.windows, self.text.counted
-        n = min(len(windows), -(-WORTH_TOKENS // self.text.n_ctx))
         xs, ys = [], []
-        for rows in (torch.arange(n) * len(windows) // n).split(self.source.batch_size):
-            x, y = self.source.host.capture(self.source.site, windows[rows])
-            keep = counted[rows].to(x.device)
+        for rows in self.text.spread(WORTH_TOKENS).split(self.source.batch_size):
+            x, y = self.source.host.capture(self.source.site, self.text.windows[rows])
+            keep = self.text.counted[rows].to(x.device)
             xs.append(x[keep].to(self.centre))
             ys.append(y[keep])
         return torch.cat(xs)[:WORTH_TOKENS], torch.cat(ys)[:WORTH_TOKENS]

@@ -25,7 +25,7 @@ EVENTS = ("score", "token", "act")
 
 
 class Work:
-    """OUT/work: a manifest, which stays, and the survey for as long as it is needed.
+    """OUT/work: a manifest and labels, which stay, and the survey for as long as it is needed.
 
     Raises:
         ValueError: the folder holds the site of something else, or files that are no site's.
@@ -58,7 +58,7 @@ class Work:
         return self.state["finished"]
 
     def finish(self) -> None:
-        """Everything is written: only the manifest stays."""
+        """Everything is written: the manifest stays, and what a provider said."""
         self.state["finished"] = True
         self._write()
         (self.folder / SURVEY).unlink(missing_ok=True)

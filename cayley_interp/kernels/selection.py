@@ -22,6 +22,7 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from cayley_interp.kernels.atoms import parity, warps
+from cayley_interp.kernels.walsh import butterflies
 
 LEAST_DOT = 16
 """Rows and columns of a product at least: what tensor cores take."""
@@ -69,11 +70,8 @@ def _root(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     features = tl.arange(0, d)
-    scores = tl.load(x_pointer + token * d + features)
-    for _ in tl.static_range(bits):  # as in kernels/walsh.py
-        a, b = tl.split(tl.reshape(scores, (d // 2, 2)))
-        scores = tl.reshape(tl.permute(tl.join(a + b, a - b), (1, 0)), (d,))
-    scores = scores * root_d
+    x = tl.load(x_pointer + token * d + features)
+    scores = tl.reshape(butterflies(tl.reshape(x, (1, d)), 1, d, bits), (d,)) * root_d
     keys = _keys(scores, features, scale_pointer, shift_pointer, offset_pointer, token, by_feature, has_offset, signed)
     _take(keys, scores, features, index_pointer, score_pointer, open_pointer, token, k, n_open, most, d)
 

@@ -27,6 +27,15 @@ ELEMENTS_PER_WARP = 1_024
 
 
 @triton.jit
+def butterflies(values, rows: tl.constexpr, d: tl.constexpr, bits: tl.constexpr):
+    """The transform of each row times sqrt(d)."""
+    for _ in tl.static_range(bits):
+        a, b = tl.split(tl.reshape(values, (rows, d // 2, 2)))
+        values = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (rows, d))
+    return values
+
+
+@triton.jit
 def _walsh_rows(
     x_pointer, y_pointer, n_rows, row_stride, stride, scale, d: tl.constexpr, bits: tl.constexpr, rows: tl.constexpr
 ):
@@ -34,9 +43,7 @@ def _walsh_rows(
     column = tl.arange(0, d)[None, :]
     inside = row < n_rows
     values = tl.load(x_pointer + row * row_stride + column * stride, mask=inside, other=0.0).to(tl.float32)
-    for _ in tl.static_range(bits):
-        a, b = tl.split(tl.reshape(values, (rows, d // 2, 2)))
-        values = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (rows, d))
+    values = butterflies(values, rows, d, bits)
     tl.store(y_pointer + row * d + column, (values * scale).to(y_pointer.dtype.element_ty), mask=inside)
 
 

@@ -14,6 +14,12 @@ DEVICE = os.environ["KERNEL_DEVICE"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(autouse=True)
+def backend_of_others():
+    yield
+    set_backend("auto")
+
+
 def batch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
 
@@ -81,20 +87,14 @@ def test_lengths_that_cannot_be_are_refused():
 def test_the_backend_decides_what_runs(monkeypatch):
     ran = []
     monkeypatch.setattr("cayley_interp.kernels.walsh.walsh_hadamard_triton", lambda x: ran.append(x.dtype) or x)
-    try:
-        for backend in ("torch", "triton"):
-            set_backend(backend)
-            for dtype in (torch.float32, torch.float64):
-                walsh_hadamard(batch(2, 8, dtype=dtype))
-    finally:
-        set_backend("auto")
+    for backend in ("torch", "triton"):
+        set_backend(backend)
+        for dtype in (torch.float32, torch.float64):
+            walsh_hadamard(batch(2, 8, dtype=dtype))
     assert ran == [torch.float32]
 
 
 def test_what_is_too_long_for_the_kernel_goes_to_torch():
-    try:
-        set_backend("triton")
-        x = batch(1, 2 * MAX_LENGTH)
-        torch.testing.assert_close(walsh_hadamard(x), walsh_hadamard_reference(x))
-    finally:
-        set_backend("auto")
+    set_backend("triton")
+    x = batch(1, 2 * MAX_LENGTH)
+    torch.testing.assert_close(walsh_hadamard(x), walsh_hadamard_reference(x))
