@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from analysis.dashboards.details import Details
@@ -32,6 +32,8 @@ PAIRS = 4
 """Singular pairs that are read."""
 READ_TOKENS = 8
 """Tokens of each list."""
+SERVED = 12
+"""Tokens that it serves."""
 PLACES = 4
 """Of the strongest contexts, those at which it is shown what the transform adds."""
 
@@ -73,6 +75,8 @@ class _Measured:
             together they are not 1, since transforms may work against each other.
     """
 
+    tokens: Int64[Tensor, " token"]
+    is_open: Bool[Tensor, "token unit"]
     worth: MapWorth
     towards: Float[Tensor, "unit d_in"]
     share_written: list[float]
@@ -124,6 +128,8 @@ class TransformExtras:
             "gate_share": worth.gate_share,
             "share_written": self._measured.share_written[unit],
             "pairs": self._pairs(raw, self._measured.towards[unit], string),
+            "measured_on": len(self._measured.tokens),
+            "serves": self._serves(unit, string),
         }
 
     # ---- Its matrix ----
@@ -157,28 +163,44 @@ class TransformExtras:
     @cached_property
     @torch.no_grad()
     def _measured(self) -> _Measured:
-        x, y = self._sample()
+        tokens, x, y = self._sample()
         replacement, map = self.source.replacement, self.source.replacement.map
         acts, z = replacement.encode(x), replacement.input(x) - map.centre
-        is_open = (acts != 0).to(x)
-        towards = is_open.T @ (x - self.centre) / is_open.sum(0).clamp_min(1)[:, None]
+        is_open = acts != 0
+        towards = is_open.T.to(x) @ (x - self.centre) / is_open.sum(0).clamp_min(1)[:, None]
         power = []
         for unit, (U, V) in enumerate(self.standardised):
-            at = acts[:, unit] != 0
+            at = is_open[:, unit]
             power.append((acts[at, unit, None] * (z[at] @ V.T) @ U).double().square().sum().item())
         total = map.write(acts, z, acts != 0).double().square().sum().item()
         shares = [p / total if total else 0.0 for p in power]
-        return _Measured(transform_worth(replacement, x, y), towards.double(), shares)
+        return _Measured(tokens, is_open.cpu(), transform_worth(replacement, x, y), towards.double(), shares)
 
-    def _sample(self) -> tuple[Float[Tensor, "token d_in"], Float[Tensor, "token d_out"]]:
-        """x and y at the first tokens that count of windows spread over the text."""
-        xs, ys = [], []
+    def _sample(self) -> tuple[Int64[Tensor, " token"], Float[Tensor, "token d_in"], Float[Tensor, "token d_out"]]:
+        """Ids, x and y at the first tokens that count of windows spread over the text."""
+        ids, xs, ys = [], [], []
         for rows in self.text.spread(WORTH_TOKENS).split(self.source.batch_size):
-            x, y = self.source.host.capture(self.source.site, self.text.windows[rows])
-            keep = self.text.counted[rows].to(x.device)
-            xs.append(x[keep].to(self.centre))
-            ys.append(y[keep])
-        return torch.cat(xs)[:WORTH_TOKENS], torch.cat(ys)[:WORTH_TOKENS]
+            windows, keep = self.text.windows[rows], self.text.counted[rows]
+            x, y = self.source.host.capture(self.source.site, windows)
+            ids.append(windows[keep])
+            xs.append(x[keep.to(x.device)].to(self.centre))
+            ys.append(y[keep.to(y.device)])
+        return torch.cat(ids)[:WORTH_TOKENS], torch.cat(xs)[:WORTH_TOKENS], torch.cat(ys)[:WORTH_TOKENS]
+
+    def _serves(self, unit: int, string: StringIndex) -> list[tuple[int, int, float, float]]:
+        """Token, times it is open there, their share of all of these, and share of the token's occurrences.
+
+        First the tokens that say most of whether it is open: by p(token | open) log(p(open | token) / p(open)).
+        """
+        is_open = self._measured.is_open[:, unit]
+        ids, place = self._measured.tokens.unique(return_inverse=True)
+        occurs, opened = (at.bincount(minlength=len(ids)) for at in (place, place[is_open]))
+        share, rate = opened / opened.sum().clamp_min(1), opened / occurs
+        weight = torch.special.xlogy(share, rate / is_open.double().mean())
+        order = weight.argsort(descending=True, stable=True)[:SERVED]
+        return [
+            (string(int(ids[i])), int(opened[i]), share[i].item(), rate[i].item()) for i in order.tolist() if opened[i]
+        ]
 
     @torch.no_grad()
     def _places(

@@ -41,6 +41,15 @@ const settingsOf = rows => h("dl", { class: "settings" }, rows.map(([label, valu
   h("div", null, h("dt", null, label), h("dd", null, value))));
 const tagsOf = flags => FLAGS.filter(([, bit]) => flags & bit).map(([name]) => h("span", { class: `tag ${name}` }, name));
 
+// The first cell of a row heads it; cells of text are figures, others are elements.
+function tableOf(header, rows, className) {
+  const kind = (cell, i) => (i && typeof cell === "string" ? "n" : null);
+  return h("div", { class: "scroll" }, h("table", { class: className },
+    h("thead", null, h("tr", null, header.map((name, i) => h("th", { scope: "col", class: kind(rows[0]?.[i], i) }, name)))),
+    h("tbody", null, rows.map(([name, ...cells]) => h("tr", null, h("th", { scope: "row" }, name),
+      cells.map(cell => h("td", { class: kind(cell, 1) }, cell)))))));
+}
+
 // A unit as a link: with the columns of its index, or with what is known of it.
 function chip(group, unit, columns, value, string = columns?.token[unit]) {
   const share = columns?.frequency[unit], dead = columns && columns.flags[unit] & DEAD;

@@ -20,10 +20,11 @@ function transformOf(extra, strings, contexts) {
         h("figcaption", null, `singular values, ${name} coordinates`), bars(values, i => `${i + 1}: ${figure(values[i])}`, `singular values, ${name}`),
         ends("1", String(values.length)))))),
     extra.pairs?.length > 0 && section("What it takes in and writes out", "Top singular pairs, read through the embedding and the unembedding.",
-      h("div", { class: "scroll" }, h("table", null,
-        h("thead", null, h("tr", null, ["gain", "reads", "against", "writes", "against"].map(name => h("th", { scope: "col" }, name)))),
-        h("tbody", null, extra.pairs.map(pair => h("tr", null, h("td", { class: "n" }, figure(pair.gain)),
-          [pair.reads, pair.reads_against, pair.writes, pair.writes_against].map(numbers => h("td", null, words(numbers))))))))),
+      tableOf(["gain", "reads", "against", "writes", "against"], extra.pairs.map(pair =>
+        [figure(pair.gain), ...[pair.reads, pair.reads_against, pair.writes, pair.writes_against].map(words)]))),
+    extra.serves?.length > 0 && section("Tokens it serves", `Those that say most of whether it is open, on ${count(extra.measured_on)} tokens.`,
+      tableOf(["token", "times open", "of all its", "of the token's"], extra.serves.map(([string, times, share, rate]) =>
+        [token(strings[string]), count(times), percent(share), percent(rate)]))),
     extra.at?.length > 0 && section("In its contexts", "The vector that it adds at the token of each of its strongest contexts, and the logits that this moves.",
       extra.at.map(place => h("div", { class: "place" }, strongest[place.context] && drawContext(strongest[place.context], strings, Math.max(...strongest[place.context].acts.map(Math.abs), 1e-12)),
         h("p", { class: "soft" }, `norm ${figure(place.added_norm)}, ${percent(place.share_of_written)} of what is written there`),

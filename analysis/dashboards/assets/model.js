@@ -28,9 +28,7 @@ function modelPage(site) {
   ];
 }
 
-const sheetOf = ({ title, header, rows }) => section(title, null, h("div", { class: "scroll" }, h("table", null,
-  h("thead", null, h("tr", null, header.map((name, i) => h("th", { scope: "col", class: i ? "n" : null }, name)))),
-  h("tbody", null, rows.map(([name, ...values]) => h("tr", null, h("th", { scope: "row" }, name), values.map(value => h("td", { class: "n" }, value))))))));
+const sheetOf = ({ title, header, rows }) => section(title, null, tableOf(header, rows));
 
 const KINDS = { cayley: "Cayley-GPT", molt: "MOLT", transcoder: "Transcoder", sae: "Sparse autoencoder" };
 
@@ -50,13 +48,6 @@ function heatMap(groups, [name, explain, of, show]) {
         h("th", { scope: "row" }, level === null ? "" : `level ${level}`), layers.map(layer => cell(layer, level))))))));
 }
 
-function groupTable(groups) {
-  return h("div", { class: "scroll" }, h("table", { class: "groups" },
-    h("thead", null, h("tr", null, ["group", "units", "with a page", "L0", "NMSE", "dead", "zombie", "dense"].map((name, i) =>
-      h("th", { scope: "col", class: i ? "n" : null }, name)))),
-    h("tbody", null, groups.map(group => h("tr", null,
-      h("th", { scope: "row" }, h("a", { href: hrefOf.group(group.name) }, group.name), h("span", { class: "soft" }, ` ${group.title}`)),
-      [group.n_units, group.n_pages].map(n => h("td", { class: "n" }, count(n))),
-      [group.l0, group.nmse].map(x => h("td", { class: "n" }, figure(x))),
-      FLAGS.map(([name]) => h("td", { class: "n" }, count(group[name]))))))));
-}
+const groupTable = groups => tableOf(["group", "units", "with a page", "L0", "NMSE", "dead", "zombie", "dense"], groups.map(group => [
+  [h("a", { href: hrefOf.group(group.name) }, group.name), h("span", { class: "soft" }, ` ${group.title}`)],
+  count(group.n_units), count(group.n_pages), figure(group.l0), figure(group.nmse), ...FLAGS.map(([name]) => count(group[name]))]), "groups");

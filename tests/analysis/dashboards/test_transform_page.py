@@ -1,5 +1,7 @@
 """What a transform's page says, against the matrix itself and against brute force on the text."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from analysis.dashboards.details import look_at
 from analysis.dashboards.replacement import ReplacementSource
 from analysis.dashboards.sources import Text
 from analysis.dashboards.survey import survey
-from analysis.dashboards.transform_page import PLACES, TransformExtras, oriented, transform_svd
+from analysis.dashboards.transform_page import PLACES, SERVED, TransformExtras, oriented, transform_svd
 from analysis.unit_worth import transform_worth
 from molt_lens import Molt, Replacement, Transcoder
 from molt_lens.hosts import Site
@@ -123,6 +125,24 @@ def test_worth_and_share_are_those_of_the_text(source, text, details, pages):
         only[:, own.unit] = acts[:, own.unit]
         written = ((source.replacement.decode(only, x) - base) / std).square().sum().item()
         assert page["share_written"] == pytest.approx(written / total, rel=1e-3)
+
+
+@torch.no_grad()
+def test_tokens_served_are_those_at_which_it_is_open(source, text, details, pages):
+    x, _ = source.host.capture(source.site, text.windows)
+    tokens, is_open = text.windows[text.counted], source.replacement.encode(x[text.counted]) != 0
+    for own, page in zip(details, pages, strict=True):
+        at = is_open[:, own.unit]
+        assert page["measured_on"] == len(tokens)
+        assert 0 < len(page["serves"]) <= SERVED
+        worths = []
+        for token, times, share, rate in page["serves"]:
+            of_token = tokens == token
+            assert times == (at & of_token).sum() > 0
+            assert share == pytest.approx(times / at.sum().item())
+            assert rate == pytest.approx(times / of_token.sum().item())
+            worths.append(share * math.log(rate / at.double().mean().item()))
+        assert worths == pytest.approx(sorted(worths, reverse=True))
 
 
 @torch.no_grad()
