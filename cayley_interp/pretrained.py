@@ -177,14 +177,14 @@ def model_in(folder: Path) -> Path:
     """What there is to load in a folder: a run's model, a model, or a foreign checkpoint."""
     from cayley_interp.foreign import find_checkpoint
 
+    if is_model_folder(folder):
+        return folder
     if (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
         if (folder / "model").is_dir():
             return folder / "model"
         raise FileNotFoundError(
             f"the run {folder} has no model/ yet: finish it with python training/train_cayley.py --resume {folder}"
         )
-    if is_model_folder(folder):
-        return folder
     checkpoint = find_checkpoint(folder)
     if checkpoint is None:
         raise FileNotFoundError(

@@ -15,6 +15,11 @@ def bundled_replacements() -> list[str]:
     return sorted(folder.name for folder in BUNDLED.iterdir() if (folder / CONFIG).is_file())
 
 
+def place_of(name: str | Path) -> Path:
+    """The folder of a replacement of the package; of another name, that as a path."""
+    return BUNDLED / name if str(name) in bundled_replacements() else Path(name)
+
+
 def open_replacement(name: str | Path, host: Host) -> tuple[Replacement, ReplacementRecord]:
     """A replacement in eval mode on the host's device, and what is known of it.
 
@@ -26,7 +31,7 @@ def open_replacement(name: str | Path, host: Host) -> tuple[Replacement, Replace
         FileNotFoundError: a folder without a replacement, or neither a folder nor an id on the Hub.
         ValueError: it is damaged, or belongs to another host.
     """
-    path = BUNDLED / name if str(name) in bundled_replacements() else Path(name)
+    path = place_of(name)
     folder = next((f for f in (path / "model", path) if (f / CONFIG).is_file() and (f / WEIGHTS).is_file()), None)
     if folder is not None:
         replacement, record = load_replacement(folder)

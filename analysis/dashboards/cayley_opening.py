@@ -65,7 +65,7 @@ def open_cayley(
         text_of=lambda prompt: text_of_prompt(tokenizer, prompt, n_ctx),
         about=[*_about(model, _training(name)), ("text", where)],
         settings=flatten(vars(model.config)),
-        figures=loss_figures(Path(name) / "metrics.jsonl"),
+        figures=loss_figures(name),
         sheets=lambda progress: [] if beside is None else parity_sheets([subject, beside], text, progress),
     )
 
@@ -129,13 +129,14 @@ class CayleyExtras:
         }
 
 
-def loss_figures(metrics: Path) -> list[Figure]:
-    """The losses of a run against its steps; none where there is no log.
+def loss_figures(name: str) -> list[Figure]:
+    """The losses of a run or of a bundled model against their steps; none where there is no log.
 
     Raises:
         ValueError: a line of the log that is not a JSON object.
     """
-    records = read_metrics(metrics)
+    folders = {Path(name).resolve(), locate(name).resolve()}
+    records = [record for folder in folders for record in read_metrics(folder / "metrics.jsonl")]
     curves = [Curve(name, points) for key, name in LOSSES.items() if (points := points_of(records, key))]
     return [Figure("Loss", "step", "nats per token", curves)] if curves else []
 

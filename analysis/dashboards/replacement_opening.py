@@ -23,7 +23,7 @@ from analysis.tokens import token_strings
 from molt_lens import Molt, Transcoder
 from molt_lens.gemma_scope import SHORTHANDS, gemma_name, load_gemma_scope
 from molt_lens.hosts import Host
-from molt_lens.opening import BUNDLED, bundled_replacements, open_replacement
+from molt_lens.opening import open_replacement, place_of
 
 SPLICED_TOKENS = 2_048
 CURVES = {"mse": ("Error", "step", "mean squared error, standardised"), "l0": ("Open units", "step", "L0")}
@@ -53,7 +53,7 @@ def open_source(
     replacement, record = open_replacement(name, opened)
     check_layer(name, record.site.layer, layers)
     source = ReplacementSource(opened, record.site, replacement, str(name))
-    return opened_of(source, record.training, *_text(name, opened, tokens), metrics=Path(name) / "metrics.jsonl")
+    return opened_of(source, record.training, *_text(name, opened, tokens), metrics=place_of(name) / "metrics.jsonl")
 
 
 def is_saelens(name: str) -> bool:
@@ -91,10 +91,9 @@ def host_name_of(name: str) -> str:
         FileNotFoundError: there is no such replacement.
         ValueError: nothing says which host it is of.
     """
-    if name in bundled_replacements():
-        return host_of([str(BUNDLED / name)])
-    if (Path(name) / "config.json").is_file() and not _is_gemma_scope(Path(name)):
-        return host_of([name])
+    path = place_of(name)
+    if (path / "config.json").is_file() and not _is_gemma_scope(path):
+        return host_of([str(path)])
     found = load_gemma_scope(name).model_name
     if found is None:
         raise ValueError(f"nothing says which Gemma {name} was trained on")

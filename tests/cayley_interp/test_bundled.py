@@ -23,7 +23,7 @@ def test_the_pair_is_there():
 def test_it_is_small_and_its_log_is_committed(name):
     assert sum(file.stat().st_size for file in (BUNDLED / name).iterdir()) < 8_000_000
     training = json.loads((BUNDLED / name / "training.json").read_text())
-    records = [json.loads(line) for line in (LOGS / name / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (BUNDLED / name / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == training["steps"]
     assert records[-1]["final"]["val_loss"] == training["val_loss"]
     ran = config_from_dict(json.loads((LOGS / name / "config.json").read_text()))

@@ -1,5 +1,6 @@
 """A site against the survey and details it is made of; one that was cut short is gone on with."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from analysis.dashboards import build as build_module
 from analysis.dashboards.__main__ import main
 from analysis.dashboards.build import blocks_of, build, chunks_of
-from analysis.dashboards.cayley_opening import parity_sheets
+from analysis.dashboards.cayley_opening import loss_figures, parity_sheets
 from analysis.dashboards.choice import flags_of
 from analysis.dashboards.details import look_at
 from analysis.dashboards.pages import UNITS_PER_CHUNK
@@ -19,6 +20,7 @@ from analysis.geometry import nearest_atoms
 from analysis.parity import Subject
 from cayley_interp import CayleyDictionary
 from cayley_interp.losses import window_losses
+from cayley_interp.pretrained import BUNDLED
 from tests.analysis.dashboards.tiny_site import NAME, SURROGATE, ByRule, files_of, read_data, tiny_opened
 
 ALL = ("random:64",)
@@ -259,3 +261,13 @@ def test_the_command_refuses_what_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"layers \[9\] of cayley-tiny-2L-sotu: expected some of 0 to 5"):
         main("cayley-tiny-2L-sotu", tmp_path / "site", layers=(9,))
     assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.parametrize("name", ["cayley-tiny-2L-sotu", "folder"])
+def test_the_bundled_model_has_its_loss_curves(name, tmp_path):
+    if name == "folder":
+        name = str(shutil.copytree(BUNDLED / "cayley-tiny-2L-sotu", tmp_path / "model"))
+    (figure,) = loss_figures(name)
+    steps = {curve.name: [step for step, _ in curve.points] for curve in figure.curves}
+    assert steps["validation"] == [*range(250, 2_501, 250)]
+    assert steps["training"] == [*range(10, 2_501, 10)]

@@ -147,6 +147,10 @@ def test_nothing_of_that_name():
 def test_the_molt_of_the_package():
     opened = open_source("molt-gemma-3-270m-L9-2M", tokens=1_024)
     assert opened.text.windows.shape == (4, 256)
+    assert [(figure.title, figure.curves[0].points[-1][0]) for figure in opened.figures] == [
+        ("Error", 1_953),
+        ("Open units", 1_953),
+    ]
     surveys = survey(opened.source, opened.text)
     assert surveys[0].counter.l0() == pytest.approx(4, abs=0.6)
     details = look_at(opened.source, opened.text, surveys, [[13]])[0]
