@@ -2,50 +2,23 @@
 
 import importlib
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 import tyro
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-VARIABLES = {"$seed": "0", "$recipe": "tiny"}
-"""Of loops in commands."""
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
-
-
-def commands() -> list[tuple[str, list[str]]]:
-    """(page, words) of every command, comments and loops left out."""
-    found = []
-    for page in PAGES:
-        for block in blocks(page, "bash"):
-            for line in block.replace("\\\n", " ").splitlines():
-                line = re.sub(r"^for .* do$|^(for .*; do )|^done$", "", line.strip())
-                for part in re.split(r"; do |; |&& ", line):
-                    for variable, value in VARIABLES.items():
-                        part = part.replace(variable, value)
-                    words = [w for w in shlex.split(part, comments=True) if w not in ("do", "done", "for")]
-                    while words and "=" in words[0] and not words[0].startswith("-"):
-                        words = words[1:]
-                    if words:
-                        found.append((page.name, words))
-    return found
-
+from tests.documented import PAGES, ROOT, blocks, commands
 
 COMMANDS = commands()
 
 
 def test_there_are_commands():
     assert len(COMMANDS) > 50
-    assert {page for page, _ in COMMANDS} >= {"README.md", "molt.md", "training.md", "results.md"}
+    assert {command.page for command in COMMANDS} >= {"README.md", "molt.md", "training.md", "results.md"}
 
 
-@pytest.mark.parametrize("words", [w for _, w in COMMANDS], ids=[f"{p}: {' '.join(w)[:60]}" for p, w in COMMANDS])
-def test_a_command_is_understood(words):
+@pytest.mark.parametrize("command", COMMANDS, ids=[f"{command.page}: {command.text[:60]}" for command in COMMANDS])
+def test_a_command_is_understood(command):
+    words = command.words
     if words[0] == "accelerate":
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         words = ["python", *words[script:]]

@@ -1,7 +1,6 @@
 """Answers of HostLM against hand-computed sums and against lm-eval's own model of the same weights and tokenizer."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from cayley_interp import CayleyGPT, CayleyGPTConfig
 from molt_lens.hosts import Host, Site, load_host
 from molt_lens.replacement import true_mlp
 from tests.analysis.fabricated import make_tokenizer
+from tests.analysis.local_tasks import write_tasks
 from tests.molt_lens.host_models import BOS_ID, N_CTX, tiny_host, tiny_model, tiny_text, tiny_tokenizer
 
 PAIRS = [
@@ -156,38 +156,10 @@ def test_bad_input(host):
 
 # ---- Whole tasks, from local files ----
 
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {folder}/words.jsonl}}
-  cache_dir: {folder}/cache
-output_type: {output_type}
-test_split: test
-doc_to_text: "{text}"
-doc_to_target: "{target}"
-"""
-CHOICES = """
-doc_to_choice: "{{ choices }}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
-PERPLEXITY = "metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]\n"
-
 
 @pytest.fixture(scope="module")
 def manager(tmp_path_factory) -> TaskManager:
-    folder: Path = tmp_path_factory.mktemp("tasks")
-    documents = [
-        {"q": tiny_text(20, seed=i), "choices": [f" {tiny_text(n, seed=i + n)}" for n in (4, 5, 6)], "label": i % 3}
-        for i in range(5)
-    ]
-    (folder / "words.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
-    choice = TASK.format(name="words", folder=folder, output_type="multiple_choice", text="{{q}}", target="{{label}}")
-    rolling = TASK.format(name="rolling", folder=folder, output_type="loglikelihood_rolling", text="", target="{{q}}")
-    missing = choice.replace("task: words", "task: missing").replace("words.jsonl", "absent.jsonl")
-    for name, text in {"words": choice + CHOICES, "rolling": rolling + PERPLEXITY, "missing": missing}.items():
-        (folder / f"{name}.yaml").write_text(text)
-    return TaskManager(include_path=str(folder), include_defaults=False)
+    return TaskManager(include_path=str(write_tasks(tmp_path_factory.mktemp("tasks"))), include_defaults=False)
 
 
 def test_a_local_task_end_to_end(cayley, manager):

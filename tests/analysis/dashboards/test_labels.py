@@ -1,49 +1,20 @@
 """Names by a provider: a real endpoint on this machine that answers by rule, and a real language model."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
 import pytest
 import torch
 
 from analysis.dashboards.details import Context, Details
 from analysis.dashboards.labels import Label, LocalModel, OpenAICompatible, label_unit, open_provider
+from tests.analysis.dashboards.endpoint import serving
 
 STRINGS = [" the", " whale", " swims", " ship", " sinks", " <|im_end|>", " 'quoted'", " sea"]
-
-
-class Endpoint(BaseHTTPRequestHandler):
-    """Names a unit by the first marked token, and finds the passages that have that token."""
-
-    def do_POST(self):
-        self.server.seen.append(dict(self.headers))
-        prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
-        if self.server.answer is not None:
-            status, content = self.server.answer
-        elif "Fits:" in prompt:
-            name = prompt.split("described as: ")[1].split("\n")[0]
-            fits = [line.split(".")[0] for line in prompt.splitlines() if line[:1].isdigit() and name in line]
-            status, content = 200, ", ".join(fits) or "none"
-        else:
-            status, content = 200, f"Name: {prompt.split('1. ')[1].split('<<')[1].split('>>')[0].strip()}\n(more)"
-        body = json.dumps({"choices": [{"message": {"content": content}}]}) if status == 200 else "broken"
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
 def endpoint(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "a secret")
-    server = HTTPServer(("127.0.0.1", 0), Endpoint)
-    server.answer, server.seen = None, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server, open_provider(f"openai:rules@http://127.0.0.1:{server.server_port}/v1")
-    server.shutdown()
+    with serving() as server:
+        yield server, open_provider(f"openai:rules@http://127.0.0.1:{server.server_port}/v1")
 
 
 def context(which: str, *tokens: int, open_at: int | None = None) -> Context:
