@@ -32,7 +32,8 @@ REPLACED = {
     "gemma-3-270m --replacements": "cayley-tiny-2L-sotu --replacements",
     "hellaswag": "words",
     r"--main-process-ip 10\.0\.0\.1 --main-process-port 29500": "--main-process-ip 127.0.0.1 --main-process-port $PORT",
-    r"--num-processes \d+": "--cpu --num-processes 2",
+    r"--num-processes \d+": "--multi-gpu --num-processes 2",  # by itself it starts one process where there is no GPU
+    "parity cayley-tiny-2L-sotu vanilla-tiny-sotu --data": "parity runs/tiny-0 runs/tiny-vanilla-0 --data",
     r"(analysis\.ablation.*)--data shards": r"\1--data 'books/*.txt'",  # these shards are GPT-2's
 }
 """What cannot be reached from a test, by what stands nearest to it on this machine."""
@@ -44,7 +45,7 @@ MOLT = (
     "--n-ctx 64 --tokens 2048 --epochs 1 --batch-size 512 --val-tokens 512 --behaviour-tokens 256 --buffer-tokens 2048 "
     "--checkpoint-every 1 --device cpu"
 )
-ON_CAYLEY = "--host cayley-tiny-2L-sotu --layer 3 --target mlp_out"
+ON_CAYLEY = "--host cayley-tiny-2L-sotu --host-dtype float32 --layer 3 --target mlp_out"
 LESS = {
     "training/train_cayley.py": CAYLEY,
     "training/train_molt.py": MOLT,
@@ -85,8 +86,8 @@ def less(text: str, port: int) -> str:
         added += f" {ON_CAYLEY}"
     if script == "training/train_cayley.py" and "20B" not in text and "gpt2" not in text:
         added += f" {BPE}"
-    if "20B" in text and "--data" not in text:  # the campaign's own text is on the Hub
-        added += " --data shards"
+    if script == "training/train_cayley.py" and "--data" not in text:
+        added += " --data shards" if "20B" in text else " --data 'books/*.txt'"
     if "--features" in text:
         added = added.replace("--features top:2", "")
     if "--labels hf:" in text:
@@ -116,9 +117,10 @@ def shell(text: str, folder: Path, **variables: str) -> subprocess.CompletedProc
 
 
 def succeed(text: str, folder: Path, **variables: str) -> str:
+    """What it says."""
     ended = shell(text, folder, **variables)
     assert ended.returncode == 0, f"{text}\n{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}"
-    return ended.stdout
+    return ended.stdout + ended.stderr
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,8 @@ def test_it_does_what_the_page_says(command: Command, place):
     with serving() as endpoint:
         said = succeed(text, place, ENDPOINT=f"http://127.0.0.1:{endpoint.server_port}")
     assert said.strip()
+    if "--num-processes" in words:
+        assert "on cpu x 2," in said
     if "--out" in words:
         out = place / words[words.index("--out") + 1].lstrip("/")
         assert out.is_file() or any(out.iterdir())

@@ -172,7 +172,7 @@ class TransformExtras:
         for unit, (U, V) in enumerate(self.standardised):
             at = is_open[:, unit]
             power.append((acts[at, unit, None] * (z[at] @ V.T) @ U).double().square().sum().item())
-        total = map.write(acts, z, acts != 0).double().square().sum().item()
+        total = map.write(acts, z, is_open).double().square().sum().item()
         shares = [p / total if total else 0.0 for p in power]
         return _Measured(tokens, is_open.cpu(), transform_worth(replacement, x, y), towards.double(), shares)
 

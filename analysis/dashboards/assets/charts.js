@@ -39,9 +39,9 @@ function linesOf({ title, x, y, curves }) {
     h("figcaption", null, title, curves.map((curve, i) => h("span", { class: `key c${i}` }, curve.name))),
     h("div", { class: "plane" },
       h("div", { class: "side" }, h("span", null, figure(y1)), h("span", null, y), h("span", null, figure(y0))),
-      svg("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": `${title}: ${y} by ${x}` },
-        curves.map((curve, i) => svg("polyline", { class: `c${i}`, points: curve.points.map(place).join(" ") })))),
-    ends(figure(x0), x, figure(x1)));
+      h("div", null, svg("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": `${title}: ${y} by ${x}` },
+        curves.map((curve, i) => svg("polyline", { class: `c${i}`, points: curve.points.map(place).join(" ") }))),
+        ends(count(x0), x, count(x1)))));
 }
 
 function rangeOf(values) {

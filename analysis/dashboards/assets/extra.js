@@ -23,7 +23,7 @@ function transformOf(extra, strings, contexts) {
       tableOf(["gain", "reads", "against", "writes", "against"], extra.pairs.map(pair =>
         [figure(pair.gain), ...[pair.reads, pair.reads_against, pair.writes, pair.writes_against].map(words)]))),
     extra.serves?.length > 0 && section("Tokens it serves", `Those that say most of whether it is open, on ${count(extra.measured_on)} tokens.`,
-      tableOf(["token", "times open", "of all its", "of the token's"], extra.serves.map(([string, times, share, rate]) =>
+      tableOf(["token", "times open", "of its openings", "of the token's occurrences"], extra.serves.map(([string, times, share, rate]) =>
         [token(strings[string]), count(times), percent(share), percent(rate)]))),
     extra.at?.length > 0 && section("In its contexts", "The vector that it adds at the token of each of its strongest contexts, and the logits that this moves.",
       extra.at.map(place => h("div", { class: "place" }, strongest[place.context] && drawContext(strongest[place.context], strings, Math.max(...strongest[place.context].acts.map(Math.abs), 1e-12)),
