@@ -119,9 +119,9 @@ TINY = RunConfig(
     ),
     # The whole validation split: a rare feature can look dead on half of it.
     data=DataConfig(val_tokens=131_072),
-    # Muon at a third of AdamW's rate, with weight decay: in lockstep, as the published small models, the residual stream
-    # grows along a direction that standardised scores do not see, until MLPs have nothing left to read (docs/log.md); of
-    # the variants tried against each other this one has the lowest loss too (docs/results/ablation.md).
+    # Muon at a third of AdamW's rate, with weight decay: in lockstep, as the published small models, the residual
+    # stream grows along a direction that standardised scores do not see, until MLPs have nothing left to read
+    # (docs/log.md). Of the variants tried against each other this one has the lowest loss (docs/results/ablation.md).
     optim=OptimConfig(
         muon_lr=4e-3, muon_min_lr=4e-5, adamw_lr=1.2e-2, adamw_min_lr=1.2e-4, warmup=50, weight_decay=0.1
     ),
