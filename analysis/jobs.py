@@ -149,6 +149,7 @@ def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = os.environ | {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // at_once))),
+        "PYTHONUNBUFFERED": "1",  # a log is read while it is written, and its errors stand where they happened
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     with job.log.open("ab") as log:
