@@ -197,7 +197,7 @@ def test_it_does_what_the_page_says(command: Command, place):
         said = succeed(text, place, ENDPOINT=f"http://127.0.0.1:{endpoint.server_port}")
     assert said.strip()
     if "--num-processes" in words:
-        assert "on cpu x 2," in said
+        assert " x 2, from step 0" in said
     if "--out" in words:
         out = place / words[words.index("--out") + 1].lstrip("/")
         assert out.is_file() or any(out.iterdir())
