@@ -201,9 +201,9 @@ def test_it_does_what_the_page_says(command: Command, place):
     if "--out" in words:
         out = place / words[words.index("--out") + 1].lstrip("/")
         assert out.is_file() or any(out.iterdir())
-    if "--labels" in words:
-        lines = (out / "work" / "labels.jsonl").read_text().splitlines()
-        check_labels([json.loads(line) for line in lines])
+        if "--labels" in words:
+            lines = (out / "work" / "labels.jsonl").read_text().splitlines()
+            check_labels([json.loads(line) for line in lines])
 
 
 def check_labels(records: list[dict]) -> None:
