@@ -177,33 +177,46 @@ def place(world, tmp_path):
     shutil.rmtree(folder)
 
 
-UNIQUE = {command.text: command for command in commands()}
+DOCUMENTED = {command.text: command for command in commands()}
+RUN = [command for command in DOCUMENTED.values() if command.words[0] not in NOT_RUN and NEEDS_HUB not in command.text]
+ON_THE_HUB = [command for command in DOCUMENTED.values() if NEEDS_HUB in command.text]
 
 
-@pytest.mark.parametrize("command", UNIQUE.values(), ids=[text[:80] for text in UNIQUE])
-def test_it_does_what_the_page_says(command: Command, place):
+def shown(command: Command) -> str:
+    return command.text[:80]
+
+
+@pytest.mark.parametrize("command", RUN, ids=shown)
+def test_it_does_what_the_page_says(command, place):
     words = command.words
-    if words[0] in NOT_RUN:
-        pytest.skip(f"{words[0]} {NOT_RUN[words[0]]}")
-    if "--out" in words and "--resume" not in words:  # where it writes, nothing is yet
-        shutil.rmtree(place / words[words.index("--out") + 1].lstrip("/"), ignore_errors=True)
-    text = less(command.text, free_port())
-    if NEEDS_HUB in text:
-        ended = shell(text, place)
-        assert ended.returncode != 0
-        assert "HF_HUB_OFFLINE" in ended.stdout + ended.stderr
-        return
+    out = place / words[words.index("--out") + 1].lstrip("/") if "--out" in words else None
+    if out is not None:  # nothing is yet where it writes
+        shutil.rmtree(out, ignore_errors=True)
     with serving() as endpoint:
-        said = succeed(text, place, ENDPOINT=f"http://127.0.0.1:{endpoint.server_port}")
+        url = f"http://127.0.0.1:{endpoint.server_port}"
+        said = succeed(less(command.text, free_port()), place, ENDPOINT=url)
     assert said.strip()
     if "--num-processes" in words:
         assert " x 2, from step 0" in said
-    if "--out" in words:
-        out = place / words[words.index("--out") + 1].lstrip("/")
+    if out is not None:
         assert out.is_file() or any(out.iterdir())
         if "--labels" in words:
             lines = (out / "work" / "labels.jsonl").read_text().splitlines()
             check_labels([json.loads(line) for line in lines])
+
+
+@pytest.mark.parametrize("command", ON_THE_HUB, ids=shown)
+def test_what_is_on_the_hub_is_asked_for_there(command, place):
+    ended = shell(less(command.text, free_port()), place)
+    assert ended.returncode != 0
+    assert "HF_HUB_OFFLINE" in ended.stdout + ended.stderr
+
+
+def test_what_is_not_run_here_is_documented_and_ci_makes_what_is_made():
+    words = [command.words for command in DOCUMENTED.values()]
+    assert {own[0] for own in words if own[0] in NOT_RUN} == set(NOT_RUN)
+    made = {own[1] for own in words if own[0] == "make"}
+    assert made <= set(re.findall(r"^make ([\w-]+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
 
 
 def check_labels(records: list[dict]) -> None:
