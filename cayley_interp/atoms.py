@@ -1,18 +1,18 @@
 """Products of a batch with a few atoms per row: `analyse` takes inner products, `synthesise` takes sums.
 
 They are adjoint, <analyse(x), f> = <x, synthesise(f)>, and each is the other's gradient, so a backward pass touches the
-k active atoms of a token and no score matrix. Atoms are never stored: a level that is the Walsh basis itself is one
-fast transform, a wider one multiplies rows of the two small sign tables, a cache-sized chunk of tokens at a time.
+k active atoms of a token and no score matrix. Where a level's atoms are few enough to be kept, a product looks its rows
+up; else it multiplies rows of two small sign tables, a cache-sized chunk of tokens at a time.
 """
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn import functional as F
 
 from cayley_interp.chunks import row_chunks
-from cayley_interp.dictionary import SignTables
 from cayley_interp.kernels import takes_triton
-from cayley_interp.walsh import walsh_hadamard
+from cayley_interp.sign_tables import SignTables
 
 
 def analyse(x: Float[Tensor, "n d"], indices: Int64[Tensor, "n k"], tables: SignTables) -> Float[Tensor, "n k"]:
@@ -65,11 +65,13 @@ def _analyse(x: Tensor, indices: Tensor, tables: SignTables) -> Tensor:
         from cayley_interp.kernels import atoms
 
         return atoms.analyse(x, indices, tables.generators).to(x.dtype)
-    if len(tables.patterns) == 1:  # the level is the Walsh basis itself
-        return walsh_hadamard(x).gather(-1, indices)
     scores = x.new_empty(indices.shape)
-    for rows in _chunks(indices, tables):
-        torch.bmm(_signs(indices[rows], tables), x[rows, :, None], out=scores[rows, :, None])
+    if tables.atoms is not None:
+        scores = _inner_products(x, indices, tables.atoms)
+    else:
+        for rows in _chunks(indices, tables):
+            # Not a batched product with one column: that takes three times as long.
+            torch.sum(_signs(indices[rows], tables).mul_(x[rows, None, :]), -1, out=scores[rows])
     return scores.div_(x.shape[-1] ** 0.5)
 
 
@@ -79,13 +81,23 @@ def _synthesise(indices: Tensor, values: Tensor, tables: SignTables) -> Tensor:
 
         return atoms.synthesise(indices, values, tables.generators).to(values.dtype)
     d = tables.walsh.shape[-1]
-    if len(tables.patterns) == 1:
-        return walsh_hadamard(values.new_zeros(len(values), d).scatter_add_(-1, indices, values))
-    total = values.new_empty(len(values), d)
     values = values / d**0.5
+    if tables.atoms is not None:
+        return F.embedding_bag(indices, tables.atoms, per_sample_weights=values, mode="sum")
+    total = values.new_empty(len(values), d)
     for rows in _chunks(indices, tables):
         torch.bmm(values[rows, None, :], _signs(indices[rows], tables), out=total[rows, None, :])
     return total
+
+
+def _inner_products(x: Tensor, indices: Tensor, atoms: Tensor) -> Tensor:
+    """<x_i, atoms[u]> for each u in indices_i: what embedding_bag does for the gradient of its weights, in one pass."""
+    n, k = indices.shape
+    first = torch.arange(0, n * k, k, device=x.device)
+    row = torch.arange(n, device=x.device).repeat_interleave(k)
+    of_sum = 0
+    found = torch.ops.aten._embedding_bag_per_sample_weights_backward(x, atoms, indices.flatten(), first, row, of_sum)
+    return found.view(n, k)
 
 
 def _signs(indices: Tensor, tables: SignTables) -> Tensor:

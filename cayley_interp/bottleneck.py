@@ -21,8 +21,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from cayley_interp.atoms import attach_scores, synthesise
-from cayley_interp.dictionary import CayleyDictionary, DictionaryMap, SignTables, max_bits
+from cayley_interp.dictionary import CayleyDictionary, DictionaryMap, max_bits
 from cayley_interp.routing import Selection, Standardiser, select_children, select_root
+from cayley_interp.sign_tables import SignTables, sign_tables
 
 REVIVE_STEP = 0.1
 """By how much a step raises the bias of a silent feature, in standard deviations of its score."""
@@ -217,7 +218,8 @@ class CayleySAE(nn.Module):
                         x,
                         selections[-1].open,
                         self.levels[i - 1].n,
-                        self._tables(i, x),
+                        level.n,
+                        self.dictionary,
                         standardiser,
                         k=level.k,
                         per_parent=None if by_budget else level.budget,
@@ -246,8 +248,7 @@ class CayleySAE(nn.Module):
         return Standardiser(1 / std, bias, -mean / std)
 
     def _tables(self, i: int, like: Tensor) -> SignTables:
-        tables = self.dictionary.sign_tables(like.device, like.dtype)
-        return tables._replace(patterns=tables.patterns[: 1 << (self.levels[i].n - self.dictionary.t)])
+        return sign_tables(self.dictionary, self.levels[i].n, like.device, like.dtype)
 
     @torch.no_grad()
     def _record(self, x: Float[Tensor, "n d"], codes: tuple[LevelCodes, ...]) -> None:

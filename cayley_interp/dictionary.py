@@ -9,31 +9,19 @@ Atom u in F_2^n is D_u[x] = (-1)^<u, s(x)> / sqrt(d). Three facts do all the wor
 - Level n of a hierarchy is the first 2^n atoms of any deeper one, and the parent of a leaf is its low bits.
 """
 
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cayley_interp import fields
-from cayley_interp.walsh import hadamard_matrix, walsh_hadamard
+from cayley_interp.walsh import walsh_hadamard
 
 # Rows of a covariance summed at a time: d x d group elements as int64 would be the largest thing in a training step.
 MOMENT_ROWS = 128
 
 DictionaryMap = Literal["gold", "bent", "random"]
-
-
-class SignTables(NamedTuple):
-    """The two small +-1 tables whose row products are the atoms: D_(a | b << t) = walsh[a] * patterns[b] / sqrt(d).
-
-    And s(x), from whose bits kernels compute the same signs; None where they do not fit 31 bits.
-    """
-
-    walsh: Float[Tensor, "d d"]
-    patterns: Float[Tensor, "n_patterns d"]
-    generators: Int32[Tensor, " d"] | None
 
 
 class CayleyDictionary:
@@ -137,10 +125,6 @@ class CayleyDictionary:
         variance = walsh_hadamard(summed.to(mean.dtype)) * self.size**0.5 / self.d
         return self.scores(mean), variance
 
-    def sign_tables(self, device: torch.device, dtype: torch.dtype) -> SignTables:
-        """The +-1 tables on a device, built once and shared by every layer that uses this dictionary."""
-        return _sign_tables(self.t, self.n, self.map, self.seed, device, dtype)
-
     def _check_indices(self, indices: Tensor) -> None:
         if indices.numel() and not (indices.min() >= 0 and indices.max() < self.size):
             raise IndexError(
@@ -171,13 +155,3 @@ def _splitmix64(state: int) -> int:
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
     return z ^ (z >> 31)
-
-
-@lru_cache(maxsize=32)
-def _sign_tables(t: int, n: int, map: DictionaryMap, seed: int, device: torch.device, dtype: torch.dtype) -> SignTables:
-    dictionary = CayleyDictionary(t, n, map, seed)
-    walsh = hadamard_matrix(2**t, torch.device("cpu"), torch.float32) * 2 ** (t / 2)
-    pattern_index = torch.arange(1 << (n - t))
-    patterns = 1 - 2 * fields.parity(pattern_index[:, None] & dictionary.g)
-    generators = dictionary.generators.to(device, torch.int32) if n <= 31 else None
-    return SignTables(walsh.round().to(device, dtype), patterns.to(device, dtype), generators)

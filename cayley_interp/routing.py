@@ -10,8 +10,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cayley_interp.chunks import row_chunks
-from cayley_interp.dictionary import SignTables
+from cayley_interp.dictionary import CayleyDictionary
 from cayley_interp.kernels import takes_triton
+from cayley_interp.sign_tables import ChildTables, SignTables, child_tables, sign_tables
 from cayley_interp.walsh import walsh_hadamard
 
 
@@ -59,7 +60,8 @@ def select_children(
     x: Float[Tensor, "n d"],
     parents: Int64[Tensor, "n p"],
     n_parent: int,
-    tables: SignTables,
+    n: int,
+    dictionary: CayleyDictionary,
     standardiser: Standardiser,
     *,
     k: int,
@@ -67,8 +69,9 @@ def select_children(
     open_next: int | None,
     signed: bool,
 ) -> Selection:
-    """The k best children of the open parents, at most `per_parent` of each; a chunk of tokens at a time."""
-    n_children = len(tables.patterns) * x.shape[-1] >> n_parent
+    """The k best children, at level n, of the open parents, at most `per_parent` of each; in chunks of tokens."""
+    n_children = 1 << (n - n_parent)
+    tables = sign_tables(dictionary, n, x.device, x.dtype)
     if takes_triton(x) and tables.generators is not None:
         from cayley_interp.kernels import selection
 
@@ -79,10 +82,11 @@ def select_children(
                 *selection.children(x, parents, n_parent, n_children, tables.generators, *standardiser, **best)
             )
     scale, shift = (_by_parent(a, n_parent) for a in standardiser[:2])
+    by_bucket = child_tables(dictionary, n_parent, n, x.device, x.dtype)
     parts = []
     for rows in _chunks(parents, n_children, tables):
         opened = parents[rows]
-        scores = child_scores(x[rows], opened, n_parent, tables)
+        scores = child_scores(x[rows], opened, n_parent, tables, by_bucket)
         keys = torch.addcmul(_of_parents(shift, opened, rows), scores, _of_parents(scale, opened, rows))
         if standardiser.offset is not None:
             keys += standardiser.offset[rows, :, None]
@@ -104,31 +108,30 @@ def select_children(
 
 
 def child_scores(
-    x: Float[Tensor, "n d"], parents: Int64[Tensor, "n p"], n_parent: int, tables: SignTables
+    x: Float[Tensor, "n d"], parents: Int64[Tensor, "n p"], n_parent: int, tables: SignTables, by_bucket: ChildTables
 ) -> Float[Tensor, "n p c"]:
     """<x, D_u> for every child u = a | c << n_parent of each open parent a.
 
-    Either one row product per open parent, (D_a * x) M' with M the sign patterns of the child bits, or one transform
-    per sign pattern of the whole level: whichever is fewer.
+    Either bucketed sums for each open parent, or one transform per sign pattern of the whole level: whichever is fewer.
     """
     if parents.shape[-1] <= len(tables.patterns):
-        return child_scores_by_parent(x, parents, n_parent, tables)
+        return child_scores_by_bucket(x, parents, by_bucket)
     return child_scores_by_transform(x, parents, n_parent, tables)
 
 
-def child_scores_by_parent(
-    x: Float[Tensor, "n d"], parents: Int64[Tensor, "n p"], n_parent: int, tables: SignTables
+def child_scores_by_bucket(
+    x: Float[Tensor, "n d"], parents: Int64[Tensor, "n p"], tables: ChildTables
 ) -> Float[Tensor, "n p c"]:
+    """D_a * x summed over the coordinates whose child bits agree, then a transform over child bits."""
     n, p = parents.shape
-    d = x.shape[-1]
-    t = d.bit_length() - 1
+    d, places = tables.walsh.shape
     a = parents.flatten()
     products = tables.walsh.index_select(0, a & (d - 1))
-    if n_parent > t:
-        products *= tables.patterns.index_select(0, a >> t)
-    products.view(n, p, d).mul_(x[:, None, :])
-    child_patterns = tables.patterns[:: 1 << (n_parent - t)]
-    return (products @ (child_patterns.T / d**0.5)).view(n, p, -1)
+    if len(tables.patterns) > 1:
+        products *= tables.patterns.index_select(0, a >> (d.bit_length() - 1))
+    products.view(n, p, places).mul_(x.index_select(-1, tables.order)[:, None, :])
+    sums = products.view(n * p, -1, len(tables.transform)).sum(1)
+    return (sums @ tables.transform).view(n, p, -1)
 
 
 def child_scores_by_transform(
