@@ -72,17 +72,15 @@ def select_children(
     """The k best children, at level n, of the open parents, at most `per_parent` of each; in chunks of tokens."""
     n_children = 1 << (n - n_parent)
     tables = sign_tables(dictionary, n, x.device, x.dtype)
+    by_bucket = child_tables(dictionary, n_parent, n, x.device, x.dtype)
     if takes_triton(x) and tables.generators is not None:
         from cayley_interp.kernels import selection
 
-        rows, columns = selection.padded(parents.shape[-1], n_children)
-        if rows * columns <= selection.MOST_CANDIDATES:
+        if selection.fits(parents.shape[-1], n_children):
             best = {"k": k, "per_parent": per_parent, "open_next": open_next, "signed": signed}
-            return Selection(
-                *selection.children(x, parents, n_parent, n_children, tables.generators, *standardiser, **best)
-            )
+            signs = tables.generators, by_bucket.buckets
+            return Selection(*selection.children(x, parents, n_parent, *signs, *standardiser, **best))
     scale, shift = (_by_parent(a, n_parent) for a in standardiser[:2])
-    by_bucket = child_tables(dictionary, n_parent, n, x.device, x.dtype)
     parts = []
     for rows in _chunks(parents, n_children, tables):
         opened = parents[rows]

@@ -48,6 +48,8 @@ class ChildTables(NamedTuple):
     """Of the parents' level."""
     transform: Float[Tensor, "block child"]
     """(-1)^<c, h(block)> / sqrt(d)."""
+    buckets: Int32[Tensor, "depth child"]
+    """For kernels: the coordinates of each h(x) as one column; -1 where there are fewer."""
 
 
 def sign_tables(dictionary: CayleyDictionary, n: int, device: torch.device, dtype: torch.dtype) -> SignTables:
@@ -80,26 +82,27 @@ def _child_tables(
 ) -> ChildTables:
     bucket = CayleyDictionary(t, n, map, seed).generators >> n_parent
     n_children = 1 << (n - n_parent)
-    depths = [1 << bits for bits in range(t + 1)]
+    members = [(bucket == value).nonzero().flatten() for value in range(n_children)]
     order = min(
-        (_places(bucket, depth) for depth in depths),
+        (_places([part for own in members if len(own) for part in own.split(1 << bits)]) for bits in range(t + 1)),
         key=lambda places: places.numel() + places.shape[1] * n_children / PRODUCT_SPEED,
     )
     filled = (order >= 0).flatten().to(device, dtype)
     at = order.clamp(min=0).flatten().to(device)
     parents = _sign_tables(t, n_parent, map, seed, device, dtype)
     transform = _signs(bucket[order[0]][:, None], torch.arange(n_children)[None]) / 2 ** (t / 2)
-    return ChildTables(at, parents.walsh[:, at] * filled, parents.patterns[:, at], transform.to(device, dtype))
+    return ChildTables(
+        at,
+        parents.walsh[:, at] * filled,
+        parents.patterns[:, at],
+        transform.to(device, dtype),
+        _places(members).to(device, torch.int32),
+    )
 
 
-def _places(bucket: Int64[Tensor, " d"], depth: int) -> Int64[Tensor, "depth block"]:
-    """Coordinates sorted into blocks of at most `depth` of one bucket; -1 where a block is not full."""
-    blocks = [
-        torch.nn.functional.pad(block, (0, depth - len(block)), value=-1)
-        for value in bucket.unique()
-        for block in (bucket == value).nonzero().flatten().split(depth)
-    ]
-    return torch.stack(blocks, dim=1)
+def _places(blocks: list[Tensor]) -> Int64[Tensor, "depth block"]:
+    """Blocks of coordinates as columns; -1 where one has fewer than another."""
+    return torch.nn.utils.rnn.pad_sequence(blocks, padding_value=-1)
 
 
 @lru_cache(maxsize=32)
