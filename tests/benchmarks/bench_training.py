@@ -1,32 +1,41 @@
-"""Tokens a second of the tiny recipe's training step against the same backbone without the bottleneck.
+"""Training steps of a Cayley-GPT against the same backbone without the bottleneck, as they are and compiled."""
 
-python -m tests.benchmarks.bench_training
-"""
-
-import statistics
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+from training.flops import flops_per_token
 
 from cayley_interp import CayleyGPT
 from cayley_interp.model import token_losses
-from tests.benchmarks.measure import interleaved, milliseconds, publish
+from tests.benchmarks.measure import Bound, Call, Group
 from training.optim import make_optimizers
-from training.recipes import RECIPES
+from training.recipes import RECIPES, RunConfig
 
-CASES = ("tiny-vanilla", "tiny", "tiny-random")
+NOTES = [
+    "Training steps: forward, backward, clipping, Muon, AdamW, statistics, on random token ids. *of the bound* is model "
+    "FLOPs utilisation against the rate of a plain GEMM: the backbone's own FLOPs, the bottleneck's not counted.",
+]
+
+RECIPES_OF = {
+    "cpu": ("cayley-tiny-2L-sotu", "tiny"),
+    "cuda": ("cayley-small-2L-mlp_in-20B", "cayley-small-3L-mlp_in-20B"),
+}
+"""Of each device, with the backbone that each is measured against."""
+GPU_STEPS = 20
+"""Of one call on a GPU: ten calls are the 200 steps that utilisation is measured over."""
 
 
-def step_of(recipe: str) -> Callable[[], None]:
-    """A whole optimiser step: forward, backward, clipping, Muon, AdamW, statistics."""
-    _, run = RECIPES[recipe]
+def step_of(run: RunConfig, device: str, compiled: bool) -> Call:
+    """Whole optimiser steps, each of one micro-batch."""
     torch.manual_seed(0)
-    model = CayleyGPT(run.model).train()
+    model = CayleyGPT(run.model).to(device).train()
+    forward = torch.compile(model, fullgraph=True) if compiled else model
     optimizers = make_optimizers(model, run.optim)
-    windows = torch.randint(run.model.d_vocab, (run.batch_size, run.model.n_ctx + 1))
+    windows = torch.randint(run.model.d_vocab, (run.batch_size, run.model.n_ctx + 1), device=device)
 
     def step() -> None:
-        token_losses(model(windows[:, :-1]), windows[:, 1:]).mean().backward()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            token_losses(forward(windows[:, :-1]), windows[:, 1:]).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip)
         for optimizer in optimizers:
             optimizer.step()
@@ -34,24 +43,37 @@ def step_of(recipe: str) -> Callable[[], None]:
         for bottleneck in model.bottlenecks():
             bottleneck.update_statistics()
 
-    return step
+    def call() -> int:
+        steps = GPU_STEPS if device == "cuda" else 1
+        for _ in range(steps):
+            step()
+        return steps * windows[:, 1:].numel()
+
+    return call
 
 
-def main() -> None:
-    times = interleaved({case: step_of(case) for case in CASES}, rounds=40)
-    base = statistics.median(times["tiny-vanilla"])
-    tokens = RECIPES["tiny"][1].tokens_per_step
-    rows = [
-        {
-            "recipe": case,
-            "ms a step, median (range)": milliseconds(times[case]),
-            "tokens/s": f"{tokens / statistics.median(times[case]):,.0f}",
-            "of tiny-vanilla": f"{base / statistics.median(times[case]):.2f}x",
-        }
-        for case in CASES
-    ]
-    publish("bench_training", "Training step of the tiny recipe and its controls, fp32", rows, ["Random token ids."])
+def groups(device: str) -> list[Group]:
+    return [group(device, name) for name in RECIPES_OF[device]]
 
 
-if __name__ == "__main__":
-    main()
+def group(device: str, name: str) -> Group:
+    _, run = RECIPES[name]
+    vanilla = replace(run, model=replace(run.model, levels=None))
+    runs = {"without bottleneck": vanilla, "with bottleneck": run}
+    if run.model.dictionary == "gold" and device == "cpu":
+        runs["with random signs"] = replace(run, model=replace(run.model, dictionary="random"))
+    cases = {what: lambda own=own: step_of(own, device, compiled=False) for what, own in runs.items()}
+    for what in ("without bottleneck", "with bottleneck"):
+        cases[f"{what}, compiled"] = lambda own=runs[what]: step_of(own, device, compiled=True)
+    tokens = run.batch_size * run.model.n_ctx
+    steps = GPU_STEPS if device == "cuda" else 1
+    shape = f"{name}: {tokens:,} tokens a step, {run.model.n_layers} layers, d={run.model.d_model}"
+    bound = Bound(flops=steps * tokens * flops_per_token(run.model))
+    return Group(
+        "Training step",
+        shape,
+        "bf16" if device == "cuda" else "fp32",
+        cases,
+        bound,
+        rounds=10 if device == "cuda" else 15,
+    )

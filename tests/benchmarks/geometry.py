@@ -8,7 +8,7 @@ import time
 from analysis.geometry import family_products, nearest_atoms, spectrum_by_walsh
 from cayley_interp import CayleyDictionary
 from cayley_interp.dictionary import DictionaryMap, max_bits
-from tests.benchmarks.measure import publish
+from tests.benchmarks.publish import publish
 
 SIZES = {7: (11, 12), 10: (15, 17)}
 """Deepest levels n of the recipes of width 2^t; their first level, of the parents, is n = t."""

@@ -18,7 +18,7 @@ from molt_lens import Molt, Replacement
 from molt_lens.activations import ActivationStore, collect
 from molt_lens.hosts import Host, Site, load_host
 from molt_lens.moments import Moments
-from tests.benchmarks.measure import publish
+from tests.benchmarks.publish import publish
 from training.molt_data import train_sequences, val_sequences
 from training.molt_loop import MoltTrainer
 from training.molt_recipes import MOLT_RECIPES, MoltOptim, MoltRun

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from molt_lens.penalties import Penalty
-from tests.benchmarks.measure import publish
+from tests.benchmarks.publish import publish
 from training.molt_recipes import MOLT_RECIPES, MoltOptim, MoltRun
 from training.train_molt import train
 

@@ -10,7 +10,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from cayley_interp import load_pretrained
 from cayley_interp.saelens import cayley_sae, evaluation_host
-from tests.benchmarks.measure import publish
+from tests.benchmarks.publish import publish
 from training.text import split_documents
 
 NAME = "cayley-tiny-2L-sotu"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cayley_interp import CayleyGPT, CayleySAEConfig, load_pretrained, walsh_hadamard
 from cayley_interp.saelens_training import CayleyTrainingSAE, CayleyTrainingSAEConfig
-from tests.benchmarks.measure import publish
+from tests.benchmarks.publish import publish
 from training.text import split_documents
 
 HOST, LAYER, L0 = "vanilla-tiny-sotu", 3, 24
