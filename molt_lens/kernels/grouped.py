@@ -153,7 +153,7 @@ def pairs_of(reachable: Bool[Tensor, "token unit"], ranks: tuple[int, ...]) -> P
     of_ranks = of_transforms[transform_of_block]
     of_ranks[:, 5] = first_of_block
 
-    # Its last block may be short: there are as many as whole ones would be, and one more for each transform with pairs.
+    # The last block of a transform may be short: as many blocks as if none were, and one more for each with pairs.
     size = PAIRS.value
     blocks = (count + size - 1) // size
     ends = blocks.cumsum(0)

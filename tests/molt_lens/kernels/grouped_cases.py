@@ -97,6 +97,22 @@ def test_it_is_the_loop_over_transforms():
         assert ((got - expected).abs() <= 200 * torch.finfo(torch.float32).eps * size).all()
 
 
+def test_only_what_is_reachable_is_read():
+    """Poison in a closed transform's weights, and in the inputs of tokens that reach none, comes out nowhere."""
+    acts, x, U, V, reachable, upstream = inputs(pattern="one transform of many")
+    reachable = reachable.clone()
+    reachable[7] = False
+    arguments = acts * reachable, x, U, V
+    expected = with_gradients(active_transforms, list(arguments), upstream, RANKS, reachable)
+    rows = slice(sum(RANKS[:2]), sum(RANKS[:3]))
+    poisoned = [torch.full_like(weight, torch.nan) for weight in (U, V)]
+    for weight, poison in zip((U, V), poisoned, strict=True):
+        poison[rows] = weight[rows]
+    x[7] = torch.nan
+    found = with_gradients(active_transforms, [arguments[0], x, *poisoned], upstream, RANKS, reachable)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_no_tokens_are_no_pairs():
     *leaves, reachable, upstream = inputs(n_tokens=0)
     y, *gradients = with_gradients(active_transforms, leaves, upstream, RANKS, reachable)

@@ -13,14 +13,14 @@ FLOATS = {"_down": "x w h", "_up": "h gate w", "_outer": "h gate x g", "_inner":
 
 @needs_triton
 def test_in_the_interpreter():
-    assert "26 passed, 1 skipped" in run_kernel_cases(HERE, TRITON_INTERPRET="1", KERNEL_DEVICE="cpu")
+    assert "27 passed, 1 skipped" in run_kernel_cases(HERE, TRITON_INTERPRET="1", KERNEL_DEVICE="cpu")
 
 
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu():
-    assert "27 passed" in run_kernel_cases(HERE, TRITON_INTERPRET="0", KERNEL_DEVICE="cuda")
+    assert "28 passed" in run_kernel_cases(HERE, TRITON_INTERPRET="0", KERNEL_DEVICE="cuda")
 
 
 @needs_triton
