@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from cayley_interp.kernels import takes_triton
 from molt_lens.sparse_map import SparseMap
 from molt_lens.transforms import active_transforms, dense_transforms, frobenius_norms
 
@@ -63,6 +64,8 @@ class Molt(SparseMap):
         x: Float[Tensor, "token d_in"],
         reachable: Bool[Tensor, "token unit"],
     ) -> Float[Tensor, "token d_out"]:
+        if takes_triton(x):  # its products are as good for many pairs, and counting them would stop a GPU
+            return active_transforms(acts, x, self.U, self.V, self.ranks, reachable)
         opened = reachable.sum(0).tolist()
         if sum(map(mul, opened, self.ranks)) > DENSE_ABOVE * len(x) * len(self.U):
             return dense_transforms(acts, x, self.U, self.V, self.ranks)

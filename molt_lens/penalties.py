@@ -2,6 +2,13 @@
 
 A unit's contribution is its gate times the Frobenius norm of what it writes: a penalty on gates alone would be escaped
 by small gates and large transforms (Lindsey et al. 2025). TopK gates need none.
+
+    norms = norms_at(penalty, map, step, held)      # exact every `norms_every` steps, `held` between them
+    loss = mse + penalty_weight(penalty, step, steps) * penalty_of(penalty, map, pre, acts, norms)
+
+A MOLT's norms cost sum_t rank_t^2 d products forward and again backward, whatever the gates: for many transforms more
+than the transforms that are open. Held norms are lazy regularisation (Karras et al. 2020, "Analyzing and improving the
+image quality of StyleGAN", appendix B) of the gradient that goes through them.
 """
 
 from dataclasses import dataclass
@@ -27,6 +34,9 @@ class Penalty:
     """`tanh`: contributions well above 1 / scale all cost the same."""
     target: float = 8.0
     """`l0`: units open at a token."""
+    norms_every: int = 1
+    """`tanh`, `l1`: steps from one exact computation of the norms to the next; their gradient, then so many times as
+    large, is the same on average."""
 
 
 def starting_open_rate(penalty: Penalty, n_units: int, otherwise: float) -> float:
@@ -40,12 +50,32 @@ def penalty_weight(penalty: Penalty, step: int, total: int) -> float:
     return penalty.weight * (min(1.0, step / rising) if rising else 1.0)
 
 
+def norms_at(penalty: Penalty, map: SparseMap, step: int, held: Float[Tensor, " unit"]) -> Float[Tensor, " unit"]:
+    """The norms that a penalty takes at a step.
+
+    Every `norms_every` steps they are exact, `held` is set to them, and their gradient counts `norms_every` times; in
+    between they are `held`, a constant. So are those of a penalty without norms.
+    """
+    if penalty.kind not in ("tanh", "l1") or step % penalty.norms_every:
+        return held
+    norms = map.norms()
+    held.copy_(norms.detach())
+    return held + penalty.norms_every * (norms - norms.detach())
+
+
 def penalty_of(
-    penalty: Penalty, map: SparseMap, pre: Float[Tensor, "token unit"], acts: Float[Tensor, "token unit"]
+    penalty: Penalty,
+    map: SparseMap,
+    pre: Float[Tensor, "token unit"],
+    acts: Float[Tensor, "token unit"],
+    norms: Float[Tensor, " unit"] | None = None,
 ) -> Float[Tensor, ""]:
     """The unweighted penalty, summed over units, mean over tokens.
 
     `l0` is (2 / target) (L0 - target)^2 of the batch's mean L0, as in the Gemma Scope 2 report.
+
+    Args:
+        norms: by default the map's, exact and with their gradient.
 
     Raises:
         ValueError: no such penalty, or `l0` for a gate without thresholds to move.
@@ -53,10 +83,10 @@ def penalty_of(
     match penalty.kind:
         case "none":
             return acts.new_zeros(())
-        case "l1":
-            return (acts * map.norms()).sum(-1).mean()
-        case "tanh":
-            return (penalty.scale * acts * map.norms()).tanh().sum(-1).mean()
+        case "l1" | "tanh":
+            norms = map.norms() if norms is None else norms
+            cost = acts * norms if penalty.kind == "l1" else (penalty.scale * acts * norms).tanh()
+            return cost.sum(-1).mean()
         case "l0":
             if map.gate.spec != "jumprelu":
                 raise ValueError(f"an l0 penalty moves the thresholds of a jumprelu gate, and {map.gate.spec} has none")

@@ -64,8 +64,8 @@ class ReplacementTrainingSAEConfig(ReplacementSAEConfig, TrainingSAEConfig):
     """What both architectures add for training. `decoder_init_norm`, which SAELens gives every config, is not used.
 
     Raises:
-        ValueError: as for ReplacementSAEConfig; fields that a Penalty does not have; a warm-up without the number of
-            steps that it is a share of.
+        ValueError: as for ReplacementSAEConfig; fields that a Penalty does not have; norms held between steps, which
+            SAELens' checkpoints cannot keep; a warm-up without the number of steps that it is a share of.
     """
 
     penalty: Penalty | dict[str, Any] = field(default_factory=Penalty)
@@ -77,6 +77,11 @@ class ReplacementTrainingSAEConfig(ReplacementSAEConfig, TrainingSAEConfig):
         penalty = self.penalty_config
         self.penalty = asdict(penalty)  # first of all, because SAELens copies it into the metadata
         super().__post_init__()
+        if penalty.norms_every != 1:
+            raise ValueError(
+                f"norms_every={penalty.norms_every}: SAELens' checkpoints have no place for norms held between steps: "
+                "leave it out, or train with train_molt.py"
+            )
         if penalty.kind != "none" and penalty.warmup > 0 and self.training_steps < 1:
             raise ValueError(
                 f"the penalty warms up over {penalty.warmup} of the run, got training_steps={self.training_steps}: "

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from cayley_interp.kernels import takes_triton
+
 
 def dense_transforms(
     acts: Float[Tensor, "token unit"],
@@ -33,8 +35,13 @@ def active_transforms(
     """
     device = x.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    acts, x, U, V = acts.to(low), x.to(low), U.to(low), V.to(low)
     with torch.autocast(device, enabled=False):
-        return _ActiveTransforms.apply(acts.to(low), x.to(low), U.to(low), V.to(low), ranks, reachable)
+        if takes_triton(x):
+            from molt_lens.kernels.grouped import grouped_transforms
+
+            return grouped_transforms(acts, x, U, V, ranks, reachable)
+        return _ActiveTransforms.apply(acts, x, U, V, ranks, reachable)
 
 
 class _ActiveTransforms(torch.autograd.Function):

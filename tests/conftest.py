@@ -11,8 +11,12 @@ from jaxtyping import install_import_hook
 
 # Before anything imports the packages: the hook wraps every annotated function as its module is loaded. Not those of
 # kernels/, whose source Triton reads.
-OF_CAYLEY = [f"cayley_interp.{path.stem}" for path in (Path(__file__).parents[1] / "cayley_interp").glob("*.py")]
-install_import_hook([*OF_CAYLEY, "molt_lens", "training", "analysis"], "beartype.beartype")
+OF_PACKAGES = [
+    f"{package}.{path.stem}"
+    for package in ("cayley_interp", "molt_lens")
+    for path in (Path(__file__).parents[1] / package).glob("*.py")
+]
+install_import_hook([*OF_PACKAGES, "training", "analysis"], "beartype.beartype")
 
 settings.register_profile(
     "two-cores", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True

@@ -1,11 +1,13 @@
-"""Runs of the real training script, small enough for tests."""
+"""Runs of the real training script, small enough for tests; cases of kernels in a process of their own."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -18,6 +20,8 @@ SMALL_RUN = [
     *("--levels", "4,3,0;6,4,4", "--batch-size", "4", "--warmup", "5", "--val-tokens", "512"),
     *("--log-every", "1", "--device", "cpu", "--data"),
 ]
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux only")
 
 
 def small_corpus(folder: Path, documents: int = 60) -> Path:
@@ -65,3 +69,12 @@ def train_losses(run: Path) -> list[float]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model" / "model.safetensors")
+
+
+def run_kernel_cases(folder: Path, **variables: str) -> str:
+    """What pytest says of a folder's cases; Triton must be told of its interpreter before it is imported."""
+    cases = sorted(map(str, folder.glob("*_cases.py")))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cases]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -12,7 +12,7 @@ from torch import Tensor
 from analysis.units import UnitCounter
 from molt_lens.activations import ActivationStore
 from molt_lens.objective import fit_of, revive_
-from molt_lens.penalties import penalty_of, penalty_weight
+from molt_lens.penalties import norms_at, penalty_of, penalty_weight
 from molt_lens.standardize import Replacement
 from training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from training.loop import TrainingDiverged
@@ -30,6 +30,7 @@ class MoltTrainer:
         self.optimizer = torch.optim.Adam(self.map.parameters(), lr=config.peak_lr, betas=config.optim.betas)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.silent = torch.zeros(self.map.n_units, dtype=torch.int64, device=self.device)
+        self.norms = self.map.b_dec.new_zeros(self.map.n_units)  # as the penalty last saw them
         self.step = 0
 
     def resume(self) -> bool:
@@ -41,6 +42,7 @@ class MoltTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.silent.copy_(state["silent"])
+        self.norms.copy_(state["norms"])
         self.store.load_state_dict(state["store"])
         self.step = state["step"]
         return True
@@ -83,7 +85,8 @@ class MoltTrainer:
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         with torch.autocast(self.device.type, dtype=low, enabled=low is not None):
             fit = fit_of(self.replacement, x, y)
-            penalty = penalty_of(config.penalty, self.map, fit.pre, fit.acts)
+            norms = norms_at(config.penalty, self.map, self.step, self.norms)
+            penalty = penalty_of(config.penalty, self.map, fit.pre, fit.acts, norms)
             weight = penalty_weight(config.penalty, self.step, config.steps)
             loss = fit.mse + weight * penalty
         self.scaler.scale(loss).backward()
@@ -127,6 +130,7 @@ class MoltTrainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "silent": self.silent,
+            "norms": self.norms,
             "store": self.store.state_dict(),
         }
         save_checkpoint(self.run_dir, self.step, self.replacement, state, self.config.keep_checkpoints)

@@ -77,6 +77,8 @@ def bad_molt_numbers(config: MoltRun) -> list[str]:
         for name in AT_LEAST_ONE
         if not values[name] >= 1
     ]
+    if not config.penalty.norms_every >= 1:
+        problems.append(f"--penalty.norms-every {config.penalty.norms_every}: expected at least 1")
     optim = config.optim
     shares = {"optim.warmup": optim.warmup, "optim.decay": optim.decay, "penalty.warmup": config.penalty.warmup}
     problems += [

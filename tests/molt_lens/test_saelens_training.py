@@ -301,6 +301,7 @@ def test_a_store_that_runs_dry_says_so(host):
     [
         ({"normalize_activations": "expected_average_only_in"}, "its own standardisers"),
         ({"penalty": {"strength": 1.0}}, "must hold the fields of a Penalty"),
+        ({"penalty": Penalty("tanh", norms_every=4)}, "norms_every=4: SAELens' checkpoints have no place"),
         ({"penalty": TANH}, "warms up over 0.5 of the run, got training_steps=0"),
         ({"map": make_map("transcoder", "relu").config()}, "of kind 'molt', got 'transcoder'"),
     ],

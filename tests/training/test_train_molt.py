@@ -106,6 +106,22 @@ def test_a_killed_run_resumes_to_bit_identical_weights(finished, arguments, tmp_
         assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
 
 
+def test_a_run_killed_between_two_exact_norms_resumes_to_bit_identical_weights(arguments, tmp_path):
+    """What is left of it is the checkpoint of step 5; norms are exact at steps 3 and 6."""
+    run = tmp_path / "run"
+    penalty = ["--penalty.kind", "tanh", "--penalty.weight", "0.1", "--penalty.norms-every", "3"]
+    sizes = ["--tokens", "2048", "--gate", "relu", "--keep-checkpoints", "9"]
+    assert COMMAND.main([*arguments, *sizes, *penalty, "--out", str(run)]) == 0
+    whole = load_replacement(run / "model")[0].state_dict()
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    assert [checkpoint.name for checkpoint in checkpoints] == [f"step-00000{n}" for n in ("05", "10", "15", "16")]
+    for made in (run / "model", *checkpoints[1:]):
+        shutil.rmtree(made)
+    assert COMMAND.main(["--resume", str(run)]) == 0
+    again = load_replacement(run / "model")[0].state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
 @pytest.mark.parametrize(
     "choice",
     [
@@ -162,7 +178,8 @@ def test_help_names_every_recipe():
     assert result.returncode == 0
     for name in MOLT_RECIPES:
         assert name in " ".join(result.stdout.split())
-    for flag in ("host", "layer", "kind", "gate", "n", "tokens", "out", "optim.lr", "penalty.kind", "resume"):
+    flags = ("host", "layer", "kind", "gate", "n", "tokens", "out", "optim.lr", "penalty.kind", "penalty.norms-every")
+    for flag in (*flags, "resume"):
         assert f"--{flag}" in result.stdout, flag
 
 
@@ -174,6 +191,7 @@ def test_help_names_every_recipe():
         (["--gate", "topk:40"], "expected k from 1 to the 31 units"),
         (["--batch-size", "0"], "--batch-size 0: expected at least 1"),
         (["--penalty.kind", "l0"], "--gate jumprelu"),
+        (["--penalty.norms-every", "0"], "--penalty.norms-every 0: expected at least 1"),
         (["--precision", "fp16"], "needs a GPU"),
         (["--tokens", "10_000_000"], "or give more text"),
         (["--buffer-tokens", "700"], "must hold a batch of 256 and a forward pass of 512 tokens"),

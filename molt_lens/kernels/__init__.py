@@ -1,0 +1,1 @@
+"""Triton kernels of maps; `cayley_interp.kernels` says when they run."""
