@@ -139,7 +139,7 @@ class CayleyDictionary:
 
     def sign_tables(self, device: torch.device, dtype: torch.dtype) -> SignTables:
         """The +-1 tables on a device, built once and shared by every layer that uses this dictionary."""
-        return _sign_tables(self.t, self.n, self.map, self.seed, device, dtype)
+        return SignTables(*_sign_tables(self.t, self.n, self.map, self.seed, device, dtype))
 
     def _check_indices(self, indices: Tensor) -> None:
         if indices.numel() and not (indices.min() >= 0 and indices.max() < self.size):
@@ -173,11 +173,20 @@ def _splitmix64(state: int) -> int:
     return z ^ (z >> 31)
 
 
+@torch.compiler.assume_constant_result  # else a compiled model would make the tables anew in every forward pass
+def _sign_tables(
+    t: int, n: int, map: DictionaryMap, seed: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return _cached_sign_tables(t, n, map, seed, device, dtype)
+
+
 @lru_cache(maxsize=32)
-def _sign_tables(t: int, n: int, map: DictionaryMap, seed: int, device: torch.device, dtype: torch.dtype) -> SignTables:
+def _cached_sign_tables(
+    t: int, n: int, map: DictionaryMap, seed: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
     dictionary = CayleyDictionary(t, n, map, seed)
     walsh = hadamard_matrix(2**t, torch.device("cpu"), torch.float32) * 2 ** (t / 2)
     pattern_index = torch.arange(1 << (n - t))
     patterns = 1 - 2 * fields.parity(pattern_index[:, None] & dictionary.g)
     generators = dictionary.generators.to(device, torch.int32) if n <= 31 else None
-    return SignTables(walsh.round().to(device, dtype), patterns.to(device, dtype), generators)
+    return walsh.round().to(device, dtype), patterns.to(device, dtype), generators

@@ -41,7 +41,7 @@ class Trainer:
         if config.precision == "fp64":
             self.model.double()
         self.optimizers = make_optimizers(self.model, config.optim)
-        compiled = torch.compile(self.model) if config.compile else self.model
+        compiled = torch.compile(self.model, fullgraph=True) if config.compile else self.model
         self.forward: Callable[[Tensor], Tensor] = accelerator.prepare(compiled)
         self.step = 0
         self.schedule = first_schedule(config)

@@ -80,7 +80,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """`auto` is bf16 autocast on a GPU and fp32 elsewhere."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile, as one graph."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 250
