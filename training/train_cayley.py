@@ -20,14 +20,16 @@ from analysis.evaluate import Evaluation, evaluate_run
 from analysis.mlp_worth import worth_nothing
 from analysis.report import write_report
 from cayley_interp.folder import save_pretrained
+from cayley_interp.kernels import set_backend
 from training.command import Command
 from training.data import Corpus, open_corpus
 from training.display import console, make_progress
 from training.environment import peak_memory
 from training.loop import Trainer, make_accelerator
-from training.preflight import preflight
+from training.preflight import preflight, resolve_device
 from training.recipes import RECIPES, RunConfig, config_from_dict
 from training.run_folder import start_folder
+from training.threads import set_up_cpu
 from training.tracking import MetricsFile, start_tracker
 
 NGRAM_TOKENS = 20_000_000
@@ -36,9 +38,12 @@ NGRAM_TOKENS = 20_000_000
 
 def train(config: RunConfig, run_dir: Path, resume: bool) -> Path:
     """Run the config in its folder, to the report; returns the folder."""
+    if resolve_device(config.device) == "cpu":
+        set_up_cpu()
     accelerator = make_accelerator(config)
     run_dir = Path(broadcast_object_list([str(run_dir)])[0])  # the default name holds the time: one for all
     preflight(config, run_dir, accelerator.num_processes, resume)
+    set_backend(config.backend)
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
     if accelerator.is_main_process and not resume:
         start_folder(config, run_dir, accelerator.device, accelerator.num_processes)
