@@ -48,12 +48,18 @@ def headline(run: RunFiles, evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Training tokens", count(run.last("tokens"))),
         ("Validation tokens", count(evaluation.val_tokens)),
         ("Tokens per second", count(final.get("tokens_per_second"))),
+        ("Model FLOPs utilisation", utilisation(final)),
         ("Peak memory", gigabytes(final.get("peak_memory_bytes"))),
         ("Seed", str(run.config.get("seed", "—"))),
         ("Device", str(run.environment.get("device", "—"))),
         ("Commit", str(run.environment.get("commit") or "—")[:12]),
         ("Started", str(run.environment.get("started", "—"))),
     ]
+
+
+def utilisation(final: dict) -> str:
+    """Share of the device's peak, and whether that peak is of its data sheet or was measured."""
+    return "—" if final.get("mfu") is None else f"{final['mfu']:.1%} of the {final['peak_flops_source']} peak"
 
 
 def loss_ladder(evaluation: Evaluation) -> list[tuple[str, float, float]]:

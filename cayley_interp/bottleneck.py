@@ -14,7 +14,7 @@ are documented and which are read between the lines.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int64
@@ -123,6 +123,16 @@ class CayleySAE(nn.Module):
             self._record(_at_least_float32(_rows(x.detach())), codes)
         return self.decode(codes).to(x.dtype)
 
+    def train(self, mode: bool = True) -> "CayleySAE":
+        # Not on the first forward pass: torch.compile would make one graph for it and another for those that follow.
+        if mode and self._batch is None:
+            self._batch = self._new_batch(_at_least_float32(self.mean))
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "CayleySAE":
+        self._batch = None  # of the device and dtype that the module leaves
+        return super()._apply(*args, **kwargs)
+
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> tuple[LevelCodes, ...]:
         """Sparse codes, one (indices, values) per level; indices run from 0 to 2^n - 1 within their level.
 
@@ -179,8 +189,10 @@ class CayleySAE(nn.Module):
         """
         if self._batch is None:
             return
-        batch, self._batch = self._batch, None
+        batch = self._batch
         batch.reduce()
+        if not int(batch.tokens):
+            return
         active = batch.firings > 0
         self.tokens_since_active += int(batch.tokens)
         self.tokens_since_active[active] = 0
@@ -190,9 +202,11 @@ class CayleySAE(nn.Module):
             for level in raised.split([1 << level.n for level in self.levels]):
                 level -= level.mean()
             self.bias += raised
-        if self.config.score_standardize != "feature":
-            return
-        mean, covariance = batch.mean_and_covariance()
+        if self.config.score_standardize == "feature":
+            self._move_standardiser(*batch.mean_and_covariance())
+        batch.clear()
+
+    def _move_standardiser(self, mean: Float[Tensor, " d"], covariance: Float[Tensor, "d d"]) -> None:
         means, variances = self.dictionary.moments(mean, covariance)
         weight = max(self.config.momentum, 1 / (int(self.n_updates) + 1))
         for level, offset in zip(self.levels, self.offsets, strict=True):
@@ -252,22 +266,23 @@ class CayleySAE(nn.Module):
 
     @torch.no_grad()
     def _record(self, x: Float[Tensor, "n d"], codes: tuple[LevelCodes, ...]) -> None:
-        if self._batch is None:
-            with_moments = self.config.score_standardize == "feature"
-            self._batch = _BatchMoments(x, self.d_sae, with_moments)
+        if self._batch is None or self._batch.sum_x.dtype != x.dtype:
+            self._batch = self._new_batch(x)
         self._batch.add(x, codes, self.offsets)
+
+    def _new_batch(self, like: Tensor) -> "_BatchMoments":
+        return _BatchMoments(like, self.config.d_model, self.d_sae, self.config.score_standardize == "feature")
 
 
 class _BatchMoments:
     """What the batches of one optimiser step add up to: tokens, first and second moments of x, firings per feature."""
 
-    def __init__(self, x: Float[Tensor, "n d"], d_sae: int, with_moments: bool):
-        d = x.shape[-1]
-        self.tokens = torch.zeros((), dtype=torch.int64, device=x.device)
-        self.firings = torch.zeros(d_sae, dtype=torch.int64, device=x.device)
+    def __init__(self, like: Tensor, d_model: int, d_sae: int, with_moments: bool):
+        self.tokens = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.firings = torch.zeros(d_sae, dtype=torch.int64, device=like.device)
         self.with_moments = with_moments
-        self.sum_x = x.new_zeros(d)
-        self.sum_xx = x.new_zeros(d, d)
+        self.sum_x = like.new_zeros(d_model)
+        self.sum_xx = like.new_zeros(d_model, d_model)
 
     def add(self, x: Tensor, codes: tuple[LevelCodes, ...], offsets: list[int]) -> None:
         self.tokens += len(x)
@@ -277,6 +292,10 @@ class _BatchMoments:
             with torch.autocast(x.device.type, enabled=False):
                 self.sum_x += x.sum(0)
                 self.sum_xx.addmm_(x.T, x)
+
+    def clear(self) -> None:
+        for total in (self.tokens, self.firings, self.sum_x, self.sum_xx):
+            total.zero_()
 
     def reduce(self) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

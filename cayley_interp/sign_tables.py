@@ -54,14 +54,25 @@ class ChildTables(NamedTuple):
 
 def sign_tables(dictionary: CayleyDictionary, n: int, device: torch.device, dtype: torch.dtype) -> SignTables:
     """The tables of the first 2^n atoms."""
-    return _sign_tables(dictionary.t, n, dictionary.map, dictionary.seed, device, dtype)
+    return SignTables(*_sign_tables_once(dictionary.t, n, dictionary.map, dictionary.seed, device, dtype))
 
 
 def child_tables(
     dictionary: CayleyDictionary, n_parent: int, n: int, device: torch.device, dtype: torch.dtype
 ) -> ChildTables:
     """The tables by which the children, among the first 2^n atoms, of parents among the first 2^n_parent are scored."""
-    return _child_tables(dictionary.t, n_parent, n, dictionary.map, dictionary.seed, device, dtype)
+    return ChildTables(*_child_tables_once(dictionary.t, n_parent, n, dictionary.map, dictionary.seed, device, dtype))
+
+
+# A compiled model would otherwise make the tables anew in every forward pass; it knows plain tuples only.
+@torch.compiler.assume_constant_result
+def _sign_tables_once(*arguments) -> tuple:
+    return tuple(_sign_tables(*arguments))
+
+
+@torch.compiler.assume_constant_result
+def _child_tables_once(*arguments) -> tuple:
+    return tuple(_child_tables(*arguments))
 
 
 @lru_cache(maxsize=32)

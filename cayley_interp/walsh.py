@@ -77,12 +77,17 @@ class _WalshHadamard(torch.autograd.Function):
 _cached_hadamard = lru_cache(maxsize=64)(hadamard_matrix)
 
 
+@torch.compiler.assume_constant_result  # else a compiled model would make the matrices anew in every forward pass
+def _factor_matrix(d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _cached_hadamard(d, device, dtype)
+
+
 def _by_factors(x: Tensor) -> Tensor:
     """Multiply each group of bits of the index by its own small Hadamard matrix, lowest bits first."""
     factors = _factors(x.shape[-1])
     y = x.contiguous()
     for i, size in enumerate(factors):
-        h = _cached_hadamard(size, x.device, x.dtype)
+        h = _factor_matrix(size, x.device, x.dtype)
         inner = prod(factors[:i])  # the bits below this group, already transformed
         y = y.reshape(-1, size) @ h if inner == 1 else h @ y.reshape(-1, size, inner)
     return y.reshape(x.shape)

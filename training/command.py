@@ -10,6 +10,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import tyro
 
+from cayley_interp.kernels import Backend
 from training.display import console
 from training.loop import TrainingDiverged
 from training.molt_recipes import MoltRun
@@ -26,6 +27,8 @@ class ResumeArgs:
     """Run folder."""
     device: Literal["auto", "cpu", "cuda"] | None = None
     """Continue on another device."""
+    backend: Backend | None = None
+    """Continue with other kernels."""
     track: Literal["none", "wandb", "trackio"] | None = None
     """Continue with another tracker."""
 
@@ -101,5 +104,5 @@ class Command(Generic[Config]):
             config = self.from_dict(json.loads(file.read_text()))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not the config of a run of {self.script}: {error}") from error
-        changes = {name: value for name in ("device", "track") if (value := getattr(args, name)) is not None}
+        changes = {name: value for name in ("device", "backend", "track") if (value := getattr(args, name)) is not None}
         return replace(config, **changes), args.resume

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cayley_interp.kernels import backend, has_triton
+from training.threads import available_cpus, flushes_denormals
 
 PACKAGES = (
     *("torch", "numpy", "triton", "safetensors", "jaxtyping", "accelerate", "tokenizers", "datasets"),
@@ -38,7 +39,13 @@ def describe_environment(device: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         **git_state(Path(__file__).parent),
         "platform": platform.platform(),
-        "cpu": {"model": cpu_model(), "count": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "cpu": {
+            "model": cpu_model(),
+            "count": os.cpu_count(),
+            "available": available_cpus(),
+            "torch_threads": torch.get_num_threads(),
+            "flush_denormal": flushes_denormals(),
+        },
         "device": f"{gpu['name'] if gpu else cpu_model()} ({device})",
         "gpu": gpu,
         "kernels": {"backend": backend(), "triton": has_triton()},

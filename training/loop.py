@@ -20,6 +20,7 @@ from cayley_interp import CayleyGPT
 from cayley_interp.model import token_losses
 from training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from training.data import Corpus
+from training.flops import flops_per_token, peak_flops
 from training.optim import Schedule, cold_stop, first_schedule, make_optimizers, set_learning_rates
 from training.recipes import RunConfig
 
@@ -40,9 +41,11 @@ class Trainer:
         self.model = CayleyGPT(config.model).to(accelerator.device)
         if config.precision == "fp64":
             self.model.double()
+        self.flops_per_token = flops_per_token(config.model)
         self.optimizers = make_optimizers(self.model, config.optim)
-        compiled = torch.compile(self.model) if config.compile else self.model
+        compiled = torch.compile(self.model, fullgraph=True) if config.compile else self.model
         self.forward: Callable[[Tensor], Tensor] = accelerator.prepare(compiled)
+        self.peak = peak_flops(accelerator.device, run_precision(config, accelerator.device.type))
         self.step = 0
         self.schedule = first_schedule(config)
 
@@ -94,6 +97,7 @@ class Trainer:
                     "lr_adamw": rates[1],
                     "grad_norm": grad_norm,
                     "tokens_per_second": speed,
+                    "mfu": speed * self.flops_per_token / (self.peak.flops * self.accelerator.num_processes),
                 }
                 log(record | self._silent_features())
                 losses, seconds = [], 0.0
@@ -200,12 +204,17 @@ class Trainer:
         )
 
 
+def run_precision(config: RunConfig, device: str) -> str:
+    """bf16, fp32 or fp64: `auto` is bf16 on a GPU and fp32 elsewhere."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device == "cuda" else "fp32"
+
+
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Processes, device and precision; statistics are synchronised by the bottlenecks themselves."""
     gpu = torch.cuda.is_available() and config.device in ("auto", "cuda")
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if gpu else "fp32"
+    precision = run_precision(config, "cuda" if gpu else "cpu")
     return Accelerator(
         cpu=config.device == "cpu" or (config.device == "auto" and not gpu),
         mixed_precision="bf16" if precision == "bf16" else "no",

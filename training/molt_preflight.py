@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from cayley_interp.kernels import has_triton
 from molt_lens.activations import BATCH_SEQUENCES, buffer_bytes
 from molt_lens.hosts import Host
 from molt_lens.maps import matched_map
@@ -19,13 +20,13 @@ from training.preflight import (
     available_memory,
     existing_parent,
     missing_device,
-    missing_tracker,
     resolve_device,
     too_little_disk,
     unsupported_architecture,
     unusable_folder,
     without_bf16,
 )
+from training.preflight_software import is_interpreted, missing_tracker, unusable_backend
 
 AT_LEAST_ONE = (
     *("n", "tokens", "epochs", "val_tokens", "behaviour_tokens", "batch_size", "buffer_tokens"),
@@ -57,7 +58,13 @@ def preflight_molt(config: MoltRun, run_dir: Path, resume: bool) -> None:
     """
     device = resolve_device(config.device)
     absent = missing_device(device, torch.cuda.is_available())
-    problems = [*bad_molt_numbers(config), unusable_folder(run_dir, resume), missing_tracker(config.track), absent]
+    problems = [
+        *bad_molt_numbers(config),
+        unusable_folder(run_dir, resume),
+        missing_tracker(config.track),
+        unusable_backend(config.backend, device, has_triton(), is_interpreted()),
+        absent,
+    ]
     if device == "cuda" and not absent:
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
         problems.append(unsupported_architecture(name, capability, torch.cuda.get_arch_list()))

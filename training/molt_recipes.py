@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cayley_interp.kernels import Backend
 from molt_lens.families import InputName, TargetName
 from molt_lens.maps import Kind
 from molt_lens.penalties import Penalty
@@ -98,6 +99,8 @@ class MoltRun:
     """Seed of the initial weights and of the order of the tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto` takes a GPU where there is one."""
+    backend: Backend = "auto"
+    """Kernels of the bottleneck: `auto` is Triton on a GPU where it is installed, else `torch`; `triton` insists."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16 or fp16 autocast of the map, fp16 with a loss scaler (GPU only)."""
     log_every: int = 10

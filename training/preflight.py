@@ -6,7 +6,6 @@ Each check is a function of plain values that returns a message or None, so that
 that is not here; `preflight` looks up the values.
 """
 
-import importlib.util
 import math
 import os
 import re
@@ -23,6 +22,8 @@ import torch
 
 from cayley_interp import CayleyGPTConfig
 from cayley_interp.bottleneck import parse_levels
+from cayley_interp.kernels import has_triton
+from training.preflight_software import is_interpreted, missing_compiler, missing_tracker, unusable_backend
 from training.recipes import OptimConfig, RunConfig
 from training.text import READERS, is_shard_folder
 
@@ -58,6 +59,7 @@ def preflight(config: RunConfig, run_dir: Path, world_size: int, resume: bool) -
         indivisible(config.grad_accum, world_size),
         unusable_folder(run_dir, resume),
         missing_tracker(config.track),
+        unusable_backend(config.backend, device, has_triton(), is_interpreted()),
         absent,
     ]
     if device == "cuda" and not absent:
@@ -258,23 +260,6 @@ def without_bf16(name: str, capability: tuple[int, int]) -> str | None:
     return (
         f"{name} (compute capability {capability[0]}.{capability[1]}) has no bf16, which needs 8.0 or later: "
         "use --precision fp32"
-    )
-
-
-def missing_tracker(kind: str) -> str | None:
-    """An experiment tracker that is asked for and not installed."""
-    if kind == "none" or importlib.util.find_spec(kind):
-        return None
-    return f"--track {kind}: the package is not installed: pip install 'cayley-interp[tracking]', or use --track none"
-
-
-def missing_compiler(compiler: str) -> str | None:
-    """torch.compile turns a model on the CPU into C++."""
-    if shutil.which(compiler):
-        return None
-    return (
-        f"--compile on the CPU needs a C++ compiler, and there is no `{compiler}`: leave out --compile, install one "
-        "(`apt install g++`), or name it in the environment variable CXX"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cayley_interp import CayleyGPTConfig
+from cayley_interp.kernels import Backend
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,12 @@ class RunConfig:
     """Seed of the initial weights and of the order of the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto` takes a GPU where there is one."""
+    backend: Backend = "auto"
+    """Kernels of the bottleneck: `auto` is Triton on a GPU where it is installed, else `torch`; `triton` insists."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """`auto` is bf16 autocast on a GPU and fp32 elsewhere."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile, as one graph."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 250

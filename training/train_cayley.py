@@ -20,14 +20,17 @@ from analysis.evaluate import Evaluation, evaluate_run
 from analysis.mlp_worth import worth_nothing
 from analysis.report import write_report
 from cayley_interp.folder import save_pretrained
+from cayley_interp.kernels import set_backend
 from training.command import Command
 from training.data import Corpus, open_corpus
 from training.display import console, make_progress
 from training.environment import peak_memory
+from training.flops import bottleneck_flops_per_token
 from training.loop import Trainer, make_accelerator
-from training.preflight import preflight
+from training.preflight import preflight, resolve_device
 from training.recipes import RECIPES, RunConfig, config_from_dict
 from training.run_folder import start_folder
+from training.threads import set_up_cpu
 from training.tracking import MetricsFile, start_tracker
 
 NGRAM_TOKENS = 20_000_000
@@ -36,9 +39,12 @@ NGRAM_TOKENS = 20_000_000
 
 def train(config: RunConfig, run_dir: Path, resume: bool) -> Path:
     """Run the config in its folder, to the report; returns the folder."""
+    if resolve_device(config.device) == "cpu":
+        set_up_cpu()
     accelerator = make_accelerator(config)
     run_dir = Path(broadcast_object_list([str(run_dir)])[0])  # the default name holds the time: one for all
     preflight(config, run_dir, accelerator.num_processes, resume)
+    set_backend(config.backend)
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
     if accelerator.is_main_process and not resume:
         start_folder(config, run_dir, accelerator.device, accelerator.num_processes)
@@ -71,7 +77,7 @@ def run_main(config: RunConfig, trainer: Trainer, corpus: Corpus, run_dir: Path)
         f"{config.name}: {trainer.model.num_parameters():,} parameters, "
         f"{'at most ' if config.target_val_loss else ''}{trainer.schedule.end:,} steps of "
         f"{config.tokens_per_step:,} tokens on {trainer.accelerator.device} x {trainer.accelerator.num_processes}, "
-        f"from step {trainer.step:,}"
+        f"from step {trainer.step:,}; peak {trainer.peak.flops / 1e12:,.2f} TFLOP/s each ({trainer.peak.source})"
     )
     with make_progress("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s") as bar:
         task = bar.add_task("training", total=trainer.schedule.end, completed=trainer.step, loss=0.0, speed=0.0)
@@ -95,6 +101,11 @@ def run_main(config: RunConfig, trainer: Trainer, corpus: Corpus, run_dir: Path)
         "n_parameters": trainer.model.num_parameters(),
         "peak_memory_bytes": peak_memory(trainer.accelerator.device),
         "tokens_per_second": metrics.median("tokens_per_second"),
+        "mfu": metrics.median("mfu"),
+        "flops_per_token": trainer.flops_per_token,
+        "bottleneck_flops_per_token": bottleneck_flops_per_token(config.model),
+        "peak_flops": trainer.peak.flops,
+        "peak_flops_source": trainer.peak.source,
     }
     record = {"step": trainer.step, "final": final}
     metrics.append(record)
@@ -160,7 +171,7 @@ def describe(record: dict, config: RunConfig, end: int) -> str:
     left = (end - record["step"]) * config.tokens_per_step / record["tokens_per_second"]
     return (
         f"{step}  loss {record['train_loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
-        f"{int(left // 60)}:{int(left % 60):02d} left"
+        f"MFU {record['mfu']:.1%}  {int(left // 60)}:{int(left % 60):02d} left"
     )
 
 

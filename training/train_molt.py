@@ -23,6 +23,7 @@ from analysis.held_out import HELD_OUT, HeldOut, read_held_out, write_held_out
 from analysis.hosts import open_host
 from analysis.molt_report import write_molt_report
 from analysis.replacements import ReplacementEvaluation, evaluate_replacement
+from cayley_interp.kernels import set_backend
 from molt_lens import LinearMap, Replacement, matched_map
 from molt_lens.activations import ActivationStore, collect
 from molt_lens.folder import load_replacement, save_replacement
@@ -41,6 +42,7 @@ from training.molt_preflight import preflight_molt, preflight_size, preflight_te
 from training.molt_recipes import MOLT_RECIPES, MoltRun, molt_run_from_dict
 from training.preflight import resolve_device
 from training.run_folder import start_folder
+from training.threads import set_up_cpu
 from training.tracking import MetricsFile, start_tracker
 
 MOMENTS_TOKENS = 100_000
@@ -51,7 +53,10 @@ CALIBRATION_TOKENS = 4_096
 
 def train(config: MoltRun, run_dir: Path, resume: bool) -> Path:
     """Run the config in its folder, to the report; returns the folder."""
+    if resolve_device(config.device) == "cpu":
+        set_up_cpu()
     preflight_molt(config, run_dir, resume)
+    set_backend(config.backend)
     config = replace(config, optim=replace(config.optim, lr=config.peak_lr))  # config.json leaves nothing open
     device = torch.device(resolve_device(config.device))
     console.print(f"host: {config.host}", markup=False)

@@ -15,6 +15,8 @@ from torch import Tensor
 Backend = Literal["auto", "torch", "triton"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+WITHOUT_TRITON = "backend 'triton' needs Triton: pip install triton (it comes with torch's CUDA build)"
+
 _backend: Backend = "auto"
 
 
@@ -29,7 +31,7 @@ def set_backend(backend: str) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
     if backend == "triton" and not has_triton():
-        raise ImportError("backend 'triton' needs Triton: pip install triton (it comes with torch's CUDA build)")
+        raise ImportError(WITHOUT_TRITON)
     _backend = cast(Backend, backend)
 
 

@@ -12,7 +12,7 @@ from training.optim import make_optimizers
 from training.recipes import RECIPES, RunConfig
 
 NOTES = [
-    "Training steps: forward, backward, clipping, Muon, AdamW, statistics, on random token ids. *of the bound* is model "
+    "Training steps: forward, backward, clipping, Muon, AdamW, statistics; random token ids. *of the bound* is model "
     "FLOPs utilisation against the rate of a plain GEMM: the backbone's own FLOPs, the bottleneck's not counted.",
 ]
 
@@ -69,11 +69,5 @@ def group(device: str, name: str) -> Group:
     steps = GPU_STEPS if device == "cuda" else 1
     shape = f"{name}: {tokens:,} tokens a step, {run.model.n_layers} layers, d={run.model.d_model}"
     bound = Bound(flops=steps * tokens * flops_per_token(run.model))
-    return Group(
-        "Training step",
-        shape,
-        "bf16" if device == "cuda" else "fp32",
-        cases,
-        bound,
-        rounds=10 if device == "cuda" else 15,
-    )
+    dtype, rounds = ("bf16", 10) if device == "cuda" else ("fp32", 15)
+    return Group("Training step", shape, dtype, cases, bound, rounds=rounds)

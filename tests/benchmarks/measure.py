@@ -15,6 +15,7 @@ from functools import cache
 import torch
 
 from training.environment import cpu_model, peak_resident_memory
+from training.flops import measured_flops
 
 Call = Callable[[], object]
 """What is timed; a whole number it returns is the tokens it went through."""
@@ -152,10 +153,7 @@ def copy_seconds(n_bytes: int, device: str) -> float:
 
 @cache
 def gemm_rate(device: str, dtype: str) -> float:
-    """FLOP/s of a large square product in this dtype."""
-    n = 8_192 if device == "cuda" else 2_048
-    square = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
-    return 2 * n**3 / median_seconds(lambda: square @ square, device)
+    return measured_flops(torch.device(device), DTYPES[dtype])
 
 
 def median_seconds(call: Call, device: str) -> float:

@@ -28,7 +28,7 @@ Implementations of one operation run interleaved in one process; ms are medians 
 *ratio*: how many times as fast as the first implementation of the shape, a token where tokens are given. *of the
 bound*: the share of its speed limit that an implementation reaches, the limit being the slower of a memory copy of what
 must be read and written and of the arithmetic at the rate of a plain matrix product in that dtype, both measured on the
-same device. *MB*: by how much a fresh process (on a GPU: the allocator) peaks above where it began, parameters included.
+same device. *MB*: by how much a fresh process (on a GPU: the allocator) peaks above where it began, with parameters.
 """
 
 Results = dict[str, Any]

@@ -38,3 +38,24 @@ def test_an_accumulation_that_cannot_be_shared_is_refused(runs, tmp_path):
     assert result.returncode != 0
     assert "grad-accum" in result.stderr
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_compiled_processes_take_the_same_steps(runs, tmp_path):
+    arguments = [
+        *SMALL_RUN,
+        str(runs[0].parent / "corpus"),
+        "--max-steps",
+        "3",
+        "--grad-accum",
+        "4",
+        "--compile",
+        "True",
+    ]
+    result = run_training("tiny", *arguments, "--out", str(tmp_path / "compiled"), processes=2)
+    assert result.returncode == 0, result.stderr
+    arguments[-1] = "False"
+    result = run_training("tiny", *arguments, "--out", str(tmp_path / "eager"))
+    assert result.returncode == 0, result.stderr
+    compiled, eager = (train_losses(tmp_path / name) for name in ("compiled", "eager"))
+    assert compiled == pytest.approx(eager, abs=1e-4)

@@ -16,6 +16,7 @@ from training import preflight as checks
 from training.checkpoint import save_checkpoint
 from training.optim import make_optimizers
 from training.preflight import PreflightError, disk_needed, preflight
+from training.preflight_software import unusable_backend
 from training.recipes import RECIPES, OptimConfig, RunConfig
 
 
@@ -79,6 +80,23 @@ def test_a_tracker_or_compiler_that_is_not_there(tmp_path, monkeypatch):
     assert "pip install 'cayley-interp[tracking]'" in tracker
     assert "no-such-compiler" in compiler
     assert "--compile" in compiler
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "interpreted", "says"),
+    [
+        ("cuda", True, False, None),
+        ("cpu", True, True, None),
+        ("cpu", True, False, "this run is on the CPU: use --backend auto"),
+        ("cpu", False, False, "pip install triton"),
+        ("cuda", False, False, "pip install triton"),
+    ],
+)
+def test_triton_by_name_needs_triton_and_a_gpu(device, installed, interpreted, says):
+    problem = unusable_backend("triton", device, installed, interpreted)
+    assert problem is None if says is None else says in (problem or "")
+    for backend in ("auto", "torch"):
+        assert unusable_backend(backend, device, installed, interpreted) is None
 
 
 # ---- Numbers ----

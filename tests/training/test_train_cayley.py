@@ -53,7 +53,7 @@ def test_a_run_leaves_everything_that_was_promised(finished):
 def test_the_display_shows_step_loss_speed_and_time_left(finished):
     stderr = finished[2].stderr
     line = next(line for line in stderr.splitlines() if line.startswith("step     20/30"))
-    for part in ("loss ", "tokens/s", "left"):
+    for part in ("loss ", "tokens/s", "MFU ", "left"):
         assert part in line
 
 
@@ -61,14 +61,40 @@ def test_metrics_hold_every_step_and_the_final_evaluation(finished):
     records = metrics(finished[0])
     assert [r["step"] for r in records if "train_loss" in r] == list(range(1, 31))
     assert [r["step"] for r in records if "val_loss" in r] == [10, 20, 30]
-    promised = {"tokens", "lr_muon", "lr_adamw", "grad_norm", "tokens_per_second"}
+    promised = {"tokens", "lr_muon", "lr_adamw", "grad_norm", "tokens_per_second", "mfu"}
     assert all(promised <= r.keys() for r in records if "train_loss" in r)
     final = records[-1]["final"]
     assert final["val_loss"] == pytest.approx(records[-2]["val_loss"], abs=1e-4)
     assert 0 < final["bigram_loss"] < final["unigram_loss"] < 6
     assert final["peak_memory_bytes"] > 50e6
+    assert final["peak_flops_source"] == "measured"
+    assert final["mfu"] > 0
     assert [(s["layer"], s["level"]) for s in final["levels"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(0 < s["l0"] <= 4 for s in final["levels"])
+
+
+def test_the_environment_says_what_the_process_was_set_to(finished):
+    described = json.loads((finished[0] / "environment.json").read_text())
+    assert described["kernels"]["backend"] == "auto"
+    assert described["cpu"]["flush_denormal"] is True
+    assert 1 <= described["cpu"]["available"] <= described["cpu"]["count"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
+def test_the_backend_is_set_and_recorded_or_refused(corpus, tmp_path, backend):
+    out = tmp_path / "run"
+    arguments = ["--max-steps", "2", "--backend", backend, "--out", str(out)]
+    result = run_training("tiny", *SMALL_RUN, str(corpus), *arguments)
+    if backend == "torch":
+        assert result.returncode == 0, result.stderr
+        assert json.loads((out / "environment.json").read_text())["kernels"]["backend"] == "torch"
+        return
+    assert result.returncode == 2
+    message = " ".join(result.stderr.replace("│", " ").split())
+    assert "--backend" in message
+    assert ("--backend auto" if backend == "triton" else "invalid choice 'cuda'") in message
+    assert "Traceback" not in message
+    assert not out.exists()
 
 
 def test_the_model_learns(finished):

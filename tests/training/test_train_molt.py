@@ -205,3 +205,17 @@ def test_bad_input_is_one_clear_line(change, message, arguments, tmp_path, capsy
     )
     assert COMMAND.main(given) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_backend_is_set_and_recorded_or_refused(arguments, tmp_path):
+    out = tmp_path / "run"
+    short = [*arguments, "--tokens", "512", "--epochs", "1", "--out", str(out)]
+    result = run_molt(*short, "--backend", "triton")
+    assert result.returncode == 2
+    assert "--backend auto" in result.stderr
+    assert not out.exists()
+    result = run_molt(*short, "--backend", "torch")
+    assert result.returncode == 0, result.stderr
+    described = json.loads((out / "environment.json").read_text())
+    assert described["kernels"]["backend"] == "torch"
+    assert described["cpu"]["flush_denormal"] is True
