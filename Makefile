@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?=
 
-.PHONY: install train molt test test-slow test-tl4 check bench docs docs-serve format clean
+.PHONY: install train molt test test-slow test-tl4 check bench bench-gpu docs docs-serve format clean
 
 install: $(VENV)/.installed
 
@@ -63,12 +63,12 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Every fast path against its baseline and its bound: docs/results/bench.md. A quarter of an hour on two cores.
 bench: $(VENV)/.installed-dev $(VENV)/.installed-gemma
-	$(BIN)/python -m tests.benchmarks.bench_bottleneck
-	$(BIN)/python -m tests.benchmarks.bench_training
-	$(BIN)/python -m tests.benchmarks.bench_molt
-	$(BIN)/python -m tests.benchmarks.bench_activations
-	$(BIN)/python -m tests.benchmarks.bench_jacobian
+	$(BIN)/python -m tests.benchmarks
+
+bench-gpu: $(VENV)/.installed-dev $(VENV)/.installed-gemma
+	$(BIN)/python -m tests.benchmarks --device cuda
 
 # The site with two sites of dashboards in it, built strictly: a warning is an error.
 $(VENV)/.installed-docs: $(VENV)/.installed $(VENV)/.installed-gemma

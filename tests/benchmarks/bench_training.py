@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import torch
-from training.flops import flops_per_token
 
 from cayley_interp import CayleyGPT
 from cayley_interp.model import token_losses
 from tests.benchmarks.measure import Bound, Call, Group
+from training.flops import flops_per_token
 from training.optim import make_optimizers
 from training.recipes import RECIPES, RunConfig
 
