@@ -12,6 +12,7 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from cayley_interp import fields
+from cayley_interp.constants import constant_when_compiled
 from cayley_interp.dictionary import CayleyDictionary, DictionaryMap
 from cayley_interp.walsh import hadamard_matrix
 
@@ -65,12 +66,12 @@ def child_tables(
 
 
 # A compiled model would otherwise make the tables anew in every forward pass; it knows plain tuples only.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _sign_tables_once(*arguments) -> tuple:
     return tuple(_sign_tables(*arguments))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _child_tables_once(*arguments) -> tuple:
     return tuple(_child_tables(*arguments))
 

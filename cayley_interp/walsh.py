@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cayley_interp.chunks import row_chunks
+from cayley_interp.constants import constant_when_compiled
 from cayley_interp.kernels import takes_triton
 
 # Bits handled by one matrix product. A 64 x 64 product costs more additions than six butterflies but runs at the speed
@@ -62,7 +63,7 @@ class _WalshHadamard(torch.autograd.Function):
     def forward(ctx, x: Tensor) -> Tensor:  # noqa: ARG004
         rows = x.reshape(-1, x.shape[-1])
         chunks = row_chunks(len(rows), x.shape[-1] * x.element_size(), x.device)
-        if len(chunks) <= 1:
+        if len(chunks) <= 1 or len(_factors(x.shape[-1])) == 1:  # one product holds nothing in between
             return _by_factors(x)
         y = torch.empty_like(rows)
         for chunk in chunks:
@@ -77,7 +78,8 @@ class _WalshHadamard(torch.autograd.Function):
 _cached_hadamard = lru_cache(maxsize=64)(hadamard_matrix)
 
 
-@torch.compiler.assume_constant_result  # else a compiled model would make the matrices anew in every forward pass
+# Else a compiled model would make the matrices anew in every forward pass.
+@constant_when_compiled
 def _factor_matrix(d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return _cached_hadamard(d, device, dtype)
 

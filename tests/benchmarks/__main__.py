@@ -40,7 +40,7 @@ def main(bench: Bench) -> int:
         print("no GPU: torch.cuda.is_available() is False here. `make bench` runs on the processor.", file=sys.stderr)
         return 2
     console, failed = Console(), 0
-    command = "make bench" if bench.device == "cpu" else "make bench-gpu"
+    command = results.COMMANDS[bench.device]
     groups = {
         device: [group for module in MODULES.values() for group in module.groups(device)] for device in ("cpu", "cuda")
     }

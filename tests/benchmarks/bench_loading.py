@@ -15,7 +15,7 @@ def process(code: str) -> Call:
 def groups(device: str) -> list[Group]:
     if device != "cpu":
         return []
-    load = "cayley_interp.load_pretrained('cayley-tiny-2L-sotu')"
+    load = "cayley_interp.load_pretrained('cayley-tiny-2L-sotu', wrap=None)"
     return [
         Group(
             "Start of a process",

@@ -31,6 +31,8 @@ must be read and written and of the arithmetic at the rate of a plain matrix pro
 same device. *MB*: by how much a fresh process (on a GPU: the allocator) peaks above where it began, with parameters.
 """
 
+COMMANDS = {"cpu": "make bench", "cuda": "make bench-gpu"}
+
 Results = dict[str, Any]
 """{"rows": [...]}, each with the hardware, command and date it was measured with, or without figures."""
 
@@ -67,7 +69,7 @@ def page(rows: list[dict], notes: list[str]) -> str:
     for row in rows:
         by_operation.setdefault(row["operation"], []).append(row)
     for operation, own in by_operation.items():
-        lines += [f"## {operation}", "", *markdown(COLUMNS, [cells(row) for row in own]), ""]
+        lines += [f"## {operation}", "", *markdown(COLUMNS, table(own)), ""]
     return "\n".join(lines)
 
 
@@ -78,9 +80,24 @@ def origins(rows: list[dict]) -> list[str]:
         own = list(group)
         runs = sorted({(row["hardware"], row["command"], row["date"]) for row in own if "hardware" in row})
         lines += [f"{device}: {hardware}, `{command}`, {date}." for hardware, command, date in runs]
-        left = sum("hardware" not in row for row in own)
-        if left:
-            lines.append(f"{device}: **{left} rows have not been run**: none was at hand. `make bench-gpu` runs them.")
+        if left := sum("hardware" not in row for row in own):
+            command = COMMANDS[device]
+            lines.append(
+                f"{device}: **{left} of {len(own)} implementations have not been run**; `{command}` runs them."
+            )
+    return lines
+
+
+def table(rows: list[dict]) -> list[list[str]]:
+    """The rows of an operation; those of a shape of which nothing has been run become one."""
+    lines = []
+    for shape, group in groupby(rows, key=lambda row: (row["shape"], row["dtype"], row["device"])):
+        own = list(group)
+        if any("hardware" in row for row in own):
+            lines += [cells(row) for row in own]
+        else:
+            names = "; ".join(row["implementation"] for row in own)
+            lines.append([*shape, names, "**not run**", "", "", "", ""])
     return lines
 
 
