@@ -17,6 +17,7 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from cayley_interp import fields
+from cayley_interp.graphs import constant_in_graphs
 from cayley_interp.walsh import hadamard_matrix, walsh_hadamard
 
 # Rows of a covariance summed at a time: d x d group elements as int64 would be the largest thing in a training step.
@@ -173,7 +174,7 @@ def _splitmix64(state: int) -> int:
     return z ^ (z >> 31)
 
 
-@torch.compiler.assume_constant_result  # else a compiled model would make the tables anew in every forward pass
+@constant_in_graphs
 def _sign_tables(
     t: int, n: int, map: DictionaryMap, seed: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
