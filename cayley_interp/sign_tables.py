@@ -12,8 +12,8 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from cayley_interp import fields
-from cayley_interp.constants import constant_when_compiled
 from cayley_interp.dictionary import CayleyDictionary, DictionaryMap
+from cayley_interp.graphs import constant_in_graphs
 from cayley_interp.walsh import hadamard_matrix
 
 ATOM_NUMBERS = 1 << 22
@@ -65,13 +65,13 @@ def child_tables(
     return ChildTables(*_child_tables_once(dictionary.t, n_parent, n, dictionary.map, dictionary.seed, device, dtype))
 
 
-# A compiled model would otherwise make the tables anew in every forward pass; it knows plain tuples only.
-@constant_when_compiled
+# Plain tuples: torch.compile knows no named ones as constants.
+@constant_in_graphs
 def _sign_tables_once(*arguments) -> tuple:
     return tuple(_sign_tables(*arguments))
 
 
-@constant_when_compiled
+@constant_in_graphs
 def _child_tables_once(*arguments) -> tuple:
     return tuple(_child_tables(*arguments))
 

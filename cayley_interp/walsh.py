@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cayley_interp.chunks import row_chunks
-from cayley_interp.constants import constant_when_compiled
+from cayley_interp.graphs import constant_in_graphs
 from cayley_interp.kernels import takes_triton
 
 # Bits handled by one matrix product. A 64 x 64 product costs more additions than six butterflies but runs at the speed
@@ -78,8 +78,7 @@ class _WalshHadamard(torch.autograd.Function):
 _cached_hadamard = lru_cache(maxsize=64)(hadamard_matrix)
 
 
-# Else a compiled model would make the matrices anew in every forward pass.
-@constant_when_compiled
+@constant_in_graphs
 def _factor_matrix(d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return _cached_hadamard(d, device, dtype)
 

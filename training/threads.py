@@ -13,11 +13,13 @@ CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 
-def set_up_cpu() -> None:
-    """Flush denormals in every thread, and start no more threads than can run; OMP_NUM_THREADS has the last word.
+def set_up_threads(device: str) -> None:
+    """On a CPU flush denormals in every thread, and start no more than can run; OMP_NUM_THREADS has the last word.
 
     At the start of a process: each thread has a flag of its own, which it takes over from the thread that starts it.
     """
+    if device != "cpu":
+        return
     torch.set_flush_denormal(True)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

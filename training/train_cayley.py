@@ -30,7 +30,7 @@ from training.loop import Trainer, make_accelerator
 from training.preflight import preflight, resolve_device
 from training.recipes import RECIPES, RunConfig, config_from_dict
 from training.run_folder import start_folder
-from training.threads import set_up_cpu
+from training.threads import set_up_threads
 from training.tracking import MetricsFile, start_tracker
 
 NGRAM_TOKENS = 20_000_000
@@ -39,8 +39,7 @@ NGRAM_TOKENS = 20_000_000
 
 def train(config: RunConfig, run_dir: Path, resume: bool) -> Path:
     """Run the config in its folder, to the report; returns the folder."""
-    if resolve_device(config.device) == "cpu":
-        set_up_cpu()
+    set_up_threads(resolve_device(config.device))
     accelerator = make_accelerator(config)
     run_dir = Path(broadcast_object_list([str(run_dir)])[0])  # the default name holds the time: one for all
     preflight(config, run_dir, accelerator.num_processes, resume)

@@ -42,7 +42,7 @@ from training.molt_preflight import preflight_molt, preflight_size, preflight_te
 from training.molt_recipes import MOLT_RECIPES, MoltRun, molt_run_from_dict
 from training.preflight import resolve_device
 from training.run_folder import start_folder
-from training.threads import set_up_cpu
+from training.threads import set_up_threads
 from training.tracking import MetricsFile, start_tracker
 
 MOMENTS_TOKENS = 100_000
@@ -53,8 +53,7 @@ CALIBRATION_TOKENS = 4_096
 
 def train(config: MoltRun, run_dir: Path, resume: bool) -> Path:
     """Run the config in its folder, to the report; returns the folder."""
-    if resolve_device(config.device) == "cpu":
-        set_up_cpu()
+    set_up_threads(resolve_device(config.device))
     preflight_molt(config, run_dir, resume)
     set_backend(config.backend)
     config = replace(config, optim=replace(config.optim, lr=config.peak_lr))  # config.json leaves nothing open

@@ -55,7 +55,9 @@ def in_a_process(code: str, **variables: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
 
-SET_UP = "import os, torch; from training.threads import *; {before}; set_up_cpu(); print(torch.get_num_threads())"
+SET_UP = (
+    "import os, torch; from training.threads import *; {before}; set_up_threads('cpu'); print(torch.get_num_threads())"
+)
 
 
 def test_a_process_bound_to_one_processor_starts_one_thread():
@@ -74,5 +76,5 @@ def test_every_thread_flushes_denormals():
         "import torch; from training.threads import *; {}; x = torch.full((1 << 22,), 1.2e-38); "
         "print(int((x * 0.5 != 0).sum()), flushes_denormals())"
     )
-    assert in_a_process(code.format("set_up_cpu()"), OMP_NUM_THREADS="2") == "0 True"
+    assert in_a_process(code.format("set_up_threads('cpu')"), OMP_NUM_THREADS="2") == "0 True"
     assert in_a_process(code.format("pass"), OMP_NUM_THREADS="2") == f"{1 << 22} False"
