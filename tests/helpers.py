@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +79,17 @@ def run_kernel_cases(folder: Path, **variables: str) -> str:
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def compile_for_gpu(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any] | None = None, *, capability: int, warps: int = 4
+) -> Any:
+    """A Triton kernel as machine code of a GPU that need not be here; set TRITON_CACHE_DIR to an empty folder first."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    constants = constants or {}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=places)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})

@@ -82,9 +82,7 @@ def origins(rows: list[dict]) -> list[str]:
         lines += [f"{device}: {hardware}, `{command}`, {date}." for hardware, command, date in runs]
         if left := sum("hardware" not in row for row in own):
             command = COMMANDS[device]
-            lines.append(
-                f"{device}: **{left} of {len(own)} implementations have not been run**; `{command}` runs them."
-            )
+            lines.append(f"{device}: **{left} of {len(own)} rows have not been run**; `{command}` runs them.")
     return lines
 
 

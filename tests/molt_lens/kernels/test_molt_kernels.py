@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import needs_triton, run_kernel_cases
+from tests.helpers import compile_for_gpu, needs_triton, run_kernel_cases
 
 HERE = Path(__file__).parent
 FLOATS = {"_down": "x w h", "_up": "h gate w", "_outer": "h gate x g", "_inner": "c h s"}
@@ -29,17 +29,12 @@ def test_on_a_gpu():
 @pytest.mark.parametrize("name", FLOATS)
 def test_they_compile_for_gpus(name, dtype, capability, tmp_path, monkeypatch):
     """To machine code, which needs no GPU; half precision goes to tensor cores."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     from molt_lens.kernels import grouped
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(grouped, name)
     known = {"token_pointer": "*i64", "tile_pointer": "*i64", "y_pointer": "*fp32", "d": "i32"}
-    signature = known | {f"{short}_pointer": f"*{dtype}" for short in FLOATS[name].split()}
-    signature = {argument: signature[argument] for argument in kernel.arg_names}
-    source = triton.compiler.ASTSource(kernel, signature=signature, constexprs={})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    types = known | {f"{short}_pointer": f"*{dtype}" for short in FLOATS[name].split()}
+    compiled = compile_for_gpu(kernel, types, capability=capability)
     assert compiled.asm["cubin"]
     assert ("mma" in compiled.asm["ptx"]) == (name != "_inner" and dtype != "fp32")
