@@ -9,7 +9,7 @@ CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 def row_chunks(n_rows: int, bytes_per_row: int, device: torch.device) -> list[slice]:
     """Slices that cover n_rows, each of so many rows that the intermediate results of one stay in CHUNK_BYTES."""
-    if torch.compiler.is_compiling():  # a loop would be unrolled, and compiled for minutes
+    if torch.compiler.is_compiling():  # it unrolls the loop, and takes longer with every chunk
         return [slice(0, n_rows)]
     step = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // bytes_per_row)
     return [slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step)]
