@@ -44,7 +44,8 @@ def select_root(
     if takes_triton(x):
         from cayley_interp.kernels import selection
 
-        return Selection(*selection.root(x, *standardiser, k=k, open_next=open_next, signed=signed))
+        best, scores, opened = selection.root(x, *standardiser, k, open_next or 0, signed)
+        return Selection(best, scores, best if open_next is None else opened)
     scores = walsh_hadamard(x)
     keys = torch.addcmul(standardiser.shift, scores, standardiser.scale)
     if standardiser.offset is not None:
@@ -77,9 +78,11 @@ def select_children(
         from cayley_interp.kernels import selection
 
         if selection.fits(parents.shape[-1], n_children):
-            best = {"k": k, "per_parent": per_parent, "open_next": open_next, "signed": signed}
-            signs = tables.generators, by_bucket.buckets
-            return Selection(*selection.children(x, parents, n_parent, *signs, *standardiser, **best))
+            signs, most = (tables.generators, by_bucket.buckets), n_children if per_parent is None else per_parent
+            best, scores, opened = selection.children(
+                x, parents, n_parent, *signs, *standardiser, k, most, open_next or 0, signed
+            )
+            return Selection(best, scores, best if open_next is None else opened)
     scale, shift = (_by_parent(a, n_parent) for a in standardiser[:2])
     parts = []
     for rows in _chunks(parents, n_children, tables):

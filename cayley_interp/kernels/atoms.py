@@ -14,7 +14,6 @@ Each is the other's adjoint, and so the other's gradient. Reference: `cayley_int
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 ELEMENTS_PER_WARP = 256
@@ -54,10 +53,9 @@ def _synthesise(u_pointer, f_pointer, s_pointer, y_pointer, scale, k, d: tl.cons
     tl.store(y_pointer + token * d + column, y * scale)
 
 
-def analyse(
-    x: Float[Tensor, "n d"], indices: Int64[Tensor, "n k"], generators: Int32[Tensor, " d"]
-) -> Float[Tensor, "n k"]:
-    """<x_i, D_u> for each u in indices_i, float32."""
+@torch.library.custom_op("cayley_interp::analyse", mutates_args=())
+def analyse(x: Tensor, indices: Tensor, generators: Tensor) -> Tensor:
+    """<x_i, D_u> for each u in indices_i, float32: x [n, d], indices [n, k] -> [n, k]."""
     n, d = x.shape
     scores = torch.empty(indices.shape, dtype=torch.float32, device=x.device)
     if scores.numel():
@@ -67,10 +65,14 @@ def analyse(
     return scores
 
 
-def synthesise(
-    indices: Int64[Tensor, "n k"], values: Float[Tensor, "n k"], generators: Int32[Tensor, " d"]
-) -> Float[Tensor, "n d"]:
-    """Sum over the k columns of values_i * D_u, float32."""
+@analyse.register_fake
+def _(x, indices, generators):  # noqa: ARG001
+    return torch.empty(indices.shape, dtype=torch.float32, device=x.device)
+
+
+@torch.library.custom_op("cayley_interp::synthesise", mutates_args=())
+def synthesise(indices: Tensor, values: Tensor, generators: Tensor) -> Tensor:
+    """Sum over the k columns of values_i * D_u, float32: indices and values [n, k] -> [n, d]."""
     n, k = indices.shape
     d = len(generators)
     total = torch.empty(n, d, dtype=torch.float32, device=values.device)
@@ -79,6 +81,11 @@ def synthesise(
             indices.contiguous(), values.contiguous(), generators, total, d**-0.5, k, d=d, num_warps=warps(d)
         )
     return total
+
+
+@synthesise.register_fake
+def _(indices, values, generators):
+    return torch.empty(len(indices), len(generators), dtype=torch.float32, device=values.device)
 
 
 def warps(elements: int) -> int:

@@ -19,7 +19,6 @@ first, torch any; of children that tie at the last place of a parent the kernel 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from cayley_interp.kernels.atoms import parity, warps
@@ -107,63 +106,58 @@ def _children(
     _take(keys, scores, features, index_pointer, score_pointer, open_pointer, token, k, n_open, most, size)
 
 
-Picked = tuple[Int64[Tensor, "n k"], Float[Tensor, "n k"], Int64[Tensor, "n p"]]
-"""Indices, scores, and the features whose children are candidates next."""
-
-
+@torch.library.custom_op("cayley_interp::select_root", mutates_args=())
 def root(
-    x: Float[Tensor, "n d"],
-    scale: Float[Tensor, "#n #size"],
-    shift: Float[Tensor, "1 size"],
-    offset: Float[Tensor, "n 1"] | None,
-    *,
-    k: int,
-    open_next: int | None,
-    signed: bool,
-) -> Picked:
-    """The k best of the Walsh basis; with `open_next` so many opened, else those that were selected."""
+    x: Tensor, scale: Tensor, shift: Tensor, offset: Tensor | None, k: int, n_open: int, signed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices and scores of the k best of the Walsh basis, and the indices of the n_open best.
+
+    x [n, d]; scale, shift, offset as in `cayley_interp.routing.Standardiser` -> [n, k], [n, k], [n, n_open].
+    """
     n, d = x.shape
-    out = _outputs(x, k, open_next)
+    out = _outputs(x, k, n_open)
     if n:
         _root[(n,)](
-            x.contiguous(), *_standardiser(scale, shift, offset), *out,
-            d**-0.5, k, open_next or k, max(k, open_next or k),
+            x.contiguous(), *_standardiser(scale, shift, offset), *out, d**-0.5, k, n_open, max(k, n_open),
             d=d, bits=d.bit_length() - 1, by_feature=scale.shape[1] > 1, has_offset=offset is not None, signed=signed,
             num_warps=warps(d),
         )  # fmt: skip
     return out
 
 
+@root.register_fake
+def _(x, scale, shift, offset, k, n_open, signed):  # noqa: ARG001
+    return _outputs(x, k, n_open)
+
+
+@torch.library.custom_op("cayley_interp::select_children", mutates_args=())
 def children(
-    x: Float[Tensor, "n d"],
-    parents: Int64[Tensor, "n p"],
-    n_parent: int,
-    generators: Int32[Tensor, " d"],
-    buckets: Int32[Tensor, "depth child"],
-    scale: Float[Tensor, "#n #size"],
-    shift: Float[Tensor, "1 size"],
-    offset: Float[Tensor, "n 1"] | None,
-    *,
-    k: int,
-    per_parent: int | None,
-    open_next: int | None,
-    signed: bool,
-) -> Picked:
-    """The k best children of the open parents, at most `per_parent` of each."""
+    x: Tensor, parents: Tensor, n_parent: int, generators: Tensor, buckets: Tensor,
+    scale: Tensor, shift: Tensor, offset: Tensor | None, k: int, per_parent: int, n_open: int, signed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same of the children of the open parents, at most `per_parent` of each.
+
+    x [n, d]; parents [n, p], of a level of 2^n_parent features; generators [d]; buckets [depth, child] as in
+    `cayley_interp.sign_tables.ChildTables` -> [n, k], [n, k], [n, n_open].
+    """
     n, d = x.shape
     depth, n_children = buckets.shape
     rows = triton.next_power_of_2(parents.shape[1])
-    out = _outputs(x, k, open_next)
+    out = _outputs(x, k, n_open)
     if n:
         _children[(n,)](
             x.contiguous(), generators, buckets, parents.contiguous(), *_standardiser(scale, shift, offset), *out,
-            d**-0.5, parents.shape[1], n_parent, k, open_next or k, max(k, open_next or k), per_parent or 0, depth,
+            d**-0.5, parents.shape[1], n_parent, k, n_open, max(k, n_open), per_parent, depth,
             d=d, block=max(1, SIGNS // (rows * n_children)), rows=rows, n_children=n_children,
             bits=n_children.bit_length() - 1, by_feature=scale.shape[1] > 1, has_offset=offset is not None,
-            signed=signed, limited=per_parent is not None and per_parent < n_children,
-            num_warps=warps(max(SIGNS, rows * n_children)),
+            signed=signed, limited=per_parent < n_children, num_warps=warps(max(SIGNS, rows * n_children)),
         )  # fmt: skip
     return out
+
+
+@children.register_fake
+def _(x, parents, n_parent, generators, buckets, scale, shift, offset, k, per_parent, n_open, signed):  # noqa: ARG001
+    return _outputs(x, k, n_open)
 
 
 def fits(n_parents: int, n_children: int) -> bool:
@@ -171,10 +165,9 @@ def fits(n_parents: int, n_children: int) -> bool:
     return triton.next_power_of_2(n_parents) * n_children <= MOST_CANDIDATES
 
 
-def _outputs(x: Tensor, k: int, open_next: int | None) -> Picked:
+def _outputs(x: Tensor, k: int, n_open: int) -> tuple[Tensor, Tensor, Tensor]:
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    opened = indices if open_next is None else indices.new_empty(len(x), open_next)
-    return indices, torch.empty(len(x), k, dtype=torch.float32, device=x.device), opened
+    return indices, torch.empty_like(indices, dtype=torch.float32), indices.new_empty(len(x), n_open)
 
 
 def _standardiser(scale: Tensor, shift: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

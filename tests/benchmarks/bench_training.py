@@ -21,8 +21,8 @@ RECIPES_OF = {
     "cuda": ("cayley-small-2L-mlp_in-20B", "cayley-small-3L-mlp_in-20B"),
 }
 """Of each device, with the backbone that each is measured against."""
-GPU_STEPS = 20
-"""Of one call on a GPU: ten calls are the 200 steps that utilisation is measured over."""
+STEPS = {"cpu": 1, "cuda": 20}
+"""Of one call: ten calls on a GPU are the 200 steps that utilisation is measured over."""
 
 
 def step_of(run: RunConfig, device: str, compiled: bool) -> Call:
@@ -43,11 +43,9 @@ def step_of(run: RunConfig, device: str, compiled: bool) -> Call:
         for bottleneck in model.bottlenecks():
             bottleneck.update_statistics()
 
-    def call() -> int:
-        steps = GPU_STEPS if device == "cuda" else 1
-        for _ in range(steps):
+    def call() -> None:
+        for _ in range(STEPS[device]):
             step()
-        return steps * windows[:, 1:].numel()
 
     return call
 
@@ -66,8 +64,7 @@ def group(device: str, name: str) -> Group:
     for what in ("without bottleneck", "with bottleneck"):
         cases[f"{what}, compiled"] = lambda own=runs[what]: step_of(own, device, compiled=True)
     tokens = run.batch_size * run.model.n_ctx
-    steps = GPU_STEPS if device == "cuda" else 1
     shape = f"{name}: {tokens:,} tokens a step, {run.model.n_layers} layers, d={run.model.d_model}"
-    bound = Bound(flops=steps * tokens * flops_per_token(run.model))
+    bound = Bound(flops=STEPS[device] * tokens * flops_per_token(run.model))
     dtype, rounds = ("bf16", 10) if device == "cuda" else ("fp32", 15)
-    return Group("Training step", shape, dtype, cases, bound, rounds=rounds)
+    return Group("Training step", shape, dtype, cases, bound, STEPS[device] * tokens, rounds)

@@ -37,8 +37,11 @@ def test_a_case_is_compared_with_the_first():
 
 
 def test_cases_that_go_through_different_numbers_are_compared_by_the_token():
-    _, fast = measure(group(slow=sleeper(0.02, tokens=10), fast=sleeper(0.02, tokens=40)), "cpu")
+    cases = {"slow": sleeper(0.02, tokens=10), "fast": sleeper(0.02, tokens=40)}
+    slow, fast = measure(Group("sleep", "one", "fp32", cases, Bound(flops=1e9), tokens=40, rounds=3), "cpu")
     assert fast["ratio"] == pytest.approx(4, rel=0.2)
+    assert fast["of_bound"] == pytest.approx(4 * slow["of_bound"], rel=0.2)
+    assert fast["of_bound"] == pytest.approx(1e9 / gemm_rate("cpu", "fp32") / 0.02, rel=0.2)
 
 
 def test_the_slower_bound_counts():

@@ -6,19 +6,20 @@ import sys
 import pytest
 
 from tests.cayley_interp.compiled import VARIANTS
-from tests.helpers import run
+from tests.helpers import needs_triton, run
 
 
 def outcomes(backend: str, *names: str) -> dict[str, int | str]:
     """Of each variant the number of graphs compiled in training, or the traceback of what differed."""
-    result = run([sys.executable, "-m", "tests.cayley_interp.compiled", backend, *names])
+    interpreter = "TRITON_INTERPRET=1"  # of kernels, where one of the names asks for them
+    result = run(["env", interpreter, sys.executable, "-m", "tests.cayley_interp.compiled", backend, *names])
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
 def traced() -> dict[str, int | str]:
-    return outcomes("aot_eager", *VARIANTS, "tables")
+    return outcomes("aot_eager", *VARIANTS, "tables", "kernels")
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -29,6 +30,11 @@ def test_one_graph_equals_eager(traced, name):
 def test_the_tables_are_not_made_in_the_graph(traced):
     assert isinstance(traced["tables"], int), traced["tables"]
     assert traced["tables"] < 400
+
+
+@needs_triton
+def test_kernels_are_no_graph_break(traced):
+    assert traced["kernels"] == 1, traced["kernels"]
 
 
 @pytest.mark.slow

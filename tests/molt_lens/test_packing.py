@@ -146,4 +146,4 @@ def test_padding_changes_no_activation_before_it(chat_host):
     padded = next(pack_documents(["some text"], chat_host, 64))
     kept = int(keep_mask(chat_host, padded).nonzero()[-1]) + 1
     whole, alone = (chat_host.capture(site, ids[None])[1][0, :kept] for ids in (padded, padded[:kept]))
-    torch.testing.assert_close(whole, alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole, alone)  # products of other shapes round differently

@@ -92,11 +92,12 @@ def test_it_computes_and_saves_what_the_replacement_is(tmp_path, about, kind, ga
     assert 0 < (expected != 0).float().mean() < 1
     for one in (sae, loaded):
         acts = one.encode(x)
-        torch.testing.assert_close(acts, expected, rtol=0, atol=0)
-        torch.testing.assert_close(one.decode(acts), made.decode(acts, x), rtol=0, atol=0)
+        torch.testing.assert_close(acts, expected)
+        # Not to the last bit: a product's rounding depends on how its operands lie in memory, on some processors.
+        torch.testing.assert_close(one.decode(acts), made.decode(acts, x))
         torch.testing.assert_close(one(x), made(x))
         assert one.replacement.map.ranks == made.map.ranks
-        torch.testing.assert_close(one.replacement(x), made(x), rtol=0, atol=0)
+        torch.testing.assert_close(one.replacement(x), made(x))
 
 
 def test_it_is_a_copy_with_the_record_in_its_metadata(about):

@@ -7,6 +7,7 @@ import torch
 
 from cayley_interp import CayleyDictionary, CayleySAE, CayleySAEConfig
 from cayley_interp.kernels import atoms, selection, set_backend
+from cayley_interp.sign_tables import child_tables
 
 DEVICE = os.environ["KERNEL_DEVICE"]
 LAYERS = [
@@ -83,3 +84,20 @@ def test_candidates_beyond_registers_go_to_torch(monkeypatch):
     monkeypatch.setattr(selection, "children", None)
     set_backend("triton")
     assert sae.encode(x)[1].indices.shape == (5, 8)
+
+
+def test_the_registrations_are_sound():
+    sae, x = layer("6,4,0;9,8,2", {})
+    tables, by_bucket = sae._tables(1, x), child_tables(sae.dictionary, 6, 9, x.device, x.dtype)
+    standardisers = [sae._standardiser(i, x) for i in (0, 1)]
+    parents, _, _ = selection.root(x, *standardisers[0], 4, 0, False)
+    signs = tables.generators, by_bucket.buckets
+    calls = {
+        selection.root: (x, *standardisers[0], 4, 6, False),
+        selection.children: (x, parents, 6, *signs, *standardisers[1], 8, 2, 3, False),
+        atoms.analyse: (x, parents, tables.generators),
+        atoms.synthesise: (parents, torch.rand(parents.shape, device=DEVICE), tables.generators),
+    }
+    for operation, arguments in calls.items():
+        found = torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
+        assert set(found.values()) == {"SUCCESS"}

@@ -14,14 +14,14 @@ HERE = Path(__file__).parent
 
 @needs_triton
 def test_in_the_interpreter():
-    assert "74 passed" in run_kernel_cases(HERE, TRITON_INTERPRET="1", KERNEL_DEVICE="cpu")
+    assert "75 passed" in run_kernel_cases(HERE, TRITON_INTERPRET="1", KERNEL_DEVICE="cpu")
 
 
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu():
-    assert "74 passed" in run_kernel_cases(HERE, TRITON_INTERPRET="0", KERNEL_DEVICE="cuda")
+    assert "75 passed" in run_kernel_cases(HERE, TRITON_INTERPRET="0", KERNEL_DEVICE="cuda")
 
 
 LARGEST_SHARED_MEMORY = 160 * 1024
