@@ -63,7 +63,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# Every fast path against its baseline and its bound: docs/results/bench.md. A quarter of an hour on two cores.
+# Every fast path against its baseline and its bound: docs/results/bench.md. Half an hour on two cores.
 bench: $(VENV)/.installed-dev $(VENV)/.installed-gemma
 	$(BIN)/python -m tests.benchmarks
 
