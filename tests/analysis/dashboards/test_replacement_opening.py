@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from analysis.behaviour import measure_behaviour
+from analysis.dashboards.build import build
 from analysis.dashboards.cayley_opening import open_beside
 from analysis.dashboards.details import look_at
+from analysis.dashboards.labels import MAX_FREQUENCY
 from analysis.dashboards.opening import Opened, open_named
 from analysis.dashboards.replacement_opening import is_saelens, open_source
 from analysis.dashboards.survey import survey
@@ -18,7 +20,7 @@ from cayley_interp import CayleyGPT
 from molt_lens import MixtureOfDecoders, Molt, Replacement, SparseMap, Transcoder
 from molt_lens.folder import save_replacement
 from molt_lens.hosts import Host, Site, load_host
-from tests.analysis.dashboards.tiny_site import tiny_opened
+from tests.analysis.dashboards.tiny_site import ByRule, read_data, tiny_opened
 from tests.analysis.fabricated import make_tokenizer
 from tests.molt_lens.host_models import D_VOCAB, EOS_ID, tiny_model, tiny_tokenizer
 from tests.molt_lens.test_gemma_scope import config, params, write
@@ -163,3 +165,33 @@ def test_the_molt_of_the_package():
     assert {" inappropriate", " appreciated", " conclusively"} <= written
     assert page["nmse"] < 0.4
     assert page["nmse"] <= page["nmse_always"] <= page["nmse_without"]
+
+
+class Reader(ByRule):
+    """Keeps what it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompts: list[str] = []
+
+    def complete(self, prompt: str, max_tokens: int) -> str:
+        self.prompts.append(prompt)
+        return super().complete(prompt, max_tokens)
+
+
+def test_transforms_that_open_seldom_are_named_by_what_they_read_and_write(host, tmp_path):
+    run = write_run(tmp_path / "run", host, Molt(D, D, gate="topk:2", ladder=((4, 14),)))
+    opened = open_named(str(run), layers=None, tokens=1_000, device="cpu")
+    provider = Reader()
+    build(opened, tmp_path / "site", features=("top:14",), provider=provider)
+    naming = [prompt for prompt in provider.prompts if "Fits:" not in prompt]
+    assert naming
+    assert all("\nIt reads: '" in prompt and "\nIt writes: '" in prompt for prompt in naming)
+    counter = survey(opened.source, opened.text)[0].counter
+    often = (counter.opened / counter.tokens > MAX_FREQUENCY).tolist()
+    assert any(often)
+    assert not all(often)
+    (group,) = read_data(tmp_path / "site", "site")["groups"]
+    labels = read_data(tmp_path / "site", f"index-{group['name']}")["label"]
+    assert any(labels)
+    assert not any(label for label, is_often in zip(labels, often, strict=True) if is_often)
