@@ -102,12 +102,12 @@ def _child_tables(
     filled = (order >= 0).flatten().to(device, dtype)
     at = order.clamp(min=0).flatten().to(device)
     parents = _sign_tables(t, n_parent, map, seed, device, dtype)
-    transform = _signs(bucket[order[0]][:, None], torch.arange(n_children)[None]) / 2 ** (t / 2)
+    transform = _signs(bucket[order[0]][:, None], torch.arange(n_children)[None]).to(device, dtype) / 2 ** (t / 2)
     return ChildTables(
         at,
         parents.walsh[:, at] * filled,
         parents.patterns[:, at],
-        transform.to(device, dtype),
+        transform,
         _places(members).to(device, torch.int32),
     )
 

@@ -93,6 +93,7 @@ def replacement_of(kind: str, gate: str, x: Tensor, d_out: int) -> Replacement:
             torch.nn.init.normal_(parameter, std=0.2)
     if isinstance(map.gate, BatchTopKGate):
         replacement.train()(x)
+        map.gate.threshold *= 0.999  # it is the act of one of x: which side of it that is, rounding would decide
     return replacement.eval().requires_grad_(False)
 
 
