@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks import results
-from tests.benchmarks.cases import MODULES
+from tests.benchmarks.cases import MODULES, groups_of, notes
 from tests.benchmarks.measure import measure
 from tests.benchmarks.publish import RESULTS
 
@@ -41,16 +41,14 @@ def main(bench: Bench) -> int:
         return 2
     console, failed = Console(), 0
     command = results.COMMANDS[bench.device]
-    groups = {
-        device: [group for module in MODULES.values() for group in module.groups(device)] for device in ("cpu", "cuda")
-    }
+    groups = {device: groups_of(device) for device in ("cpu", "cuda")}
     for name in bench.only:
         for group in MODULES[name].groups(bench.device):
             start = time.perf_counter()
             rows = measure(group, bench.device, bench.rounds)
             table = Table(*results.COLUMNS[3:], title=f"{group.operation}, {group.shape}, {group.dtype}")
             found = results.merged(results.read(bench.out), rows, bench.device, command, groups)
-            results.write(bench.out, found, [note for module in MODULES.values() for note in module.NOTES])
+            results.write(bench.out, found, notes())
             for row in rows:
                 table.add_row(*results.cells(row | {"hardware": ""})[3:])
                 failed += "error" in row

@@ -20,7 +20,7 @@ NOTES = [
     "TopKTrainingSAE, sparsify EleutherAI's encode and decode. CayleySAE's time has the running statistics in it. The "
     "bound is a copy of x, the output and their gradients.",
     "Children: the bound is the products of all children of the open parents, at a plain GEMM's rate; sums of buckets "
-    "do an eighth of that arithmetic.",
+    "do a sixth of that arithmetic.",
 ]
 
 D, LEVELS, K = 1024, "10,16,0;15,32,256", 48

@@ -18,7 +18,7 @@ NOTES = [
 
 RECIPES_OF = {
     "cpu": ("cayley-tiny-2L-sotu", "tiny"),
-    "cuda": ("cayley-small-2L-mlp_in-20B", "cayley-small-3L-mlp_in-20B"),
+    "cuda": ("cayley-small-2L-mlp_in-20B",),
 }
 """Of each device, with the backbone that each is measured against."""
 STEPS = {"cpu": 1, "cuda": 20}

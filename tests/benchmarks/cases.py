@@ -9,6 +9,7 @@ from tests.benchmarks import (
     bench_training,
     bench_walsh,
 )
+from tests.benchmarks.measure import Group
 
 MODULES = {
     "walsh": bench_walsh,
@@ -19,3 +20,12 @@ MODULES = {
     "activations": bench_activations,
     "loading": bench_loading,
 }
+
+
+def groups_of(device: str) -> list[Group]:
+    """Of all benchmarks; nothing of a device is touched."""
+    return [group for module in MODULES.values() for group in module.groups(device)]
+
+
+def notes() -> list[str]:
+    return [note for module in MODULES.values() for note in module.NOTES]

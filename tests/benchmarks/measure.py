@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -103,7 +103,7 @@ def interleaved(group: Group, device: str, rounds: int) -> tuple[dict[str, list[
             call()
             once = timed(call, 1, device, group.tokens).seconds
             calls[name] = call, max(1, round(LEAST_SECONDS / max(once, 1e-7)))
-        except (RuntimeError, ImportError, ValueError) as error:  # of one implementation: the others go on
+        except Exception as error:  # whatever one implementation does, the others go on, and its row says it
             errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else repr(error)
     samples: dict[str, list[Sample]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -208,8 +208,3 @@ def hardware(device: str) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def all_groups(modules: list, device: str) -> Iterator[Group]:
-    for module in modules:
-        yield from module.groups(device)

@@ -8,7 +8,7 @@ import torch
 
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import results
-from tests.benchmarks.cases import MODULES
+from tests.benchmarks.cases import groups_of
 from tests.benchmarks.measure import Bound, Group, bound_seconds, gemm_rate, measure
 
 
@@ -77,7 +77,7 @@ def test_rows_of_another_device_and_of_other_benchmarks_stay(tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_all_groups_can_be_listed_without_the_device(device):
-    groups = [group for module in MODULES.values() for group in module.groups(device)]
+    groups = groups_of(device)
     keys = Counter((group.operation, group.shape, group.dtype) for group in groups)
     assert set(keys.values()) == {1}
     assert all(len(group.cases) > 1 for group in groups)
