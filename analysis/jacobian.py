@@ -14,9 +14,10 @@ A cosine depends on coordinates. They are the caller's to name:
                     so |J C^(1/2)|_F^2 is the variance of J (x - mean).
 
 Static matrices are kept in the compute dtype. For an MLP of m hidden units they are m^2 / 2 numbers, of a gated one
-2 m^2; with a MOLT of T transforms 2 m T (4 m T) more and T^2 / 2, with a transcoder of F features m F (2 m F) and
-F^2 / 2 up to F = 8,192, beyond which its open features are taken one by one. In float64 a gated MLP of m = 2,048 needs
-67 MB, of m = 10,240 1.7 GB: there float32 halves it.
+2 m^2; with a MOLT of T transforms and R latents m (T + R) more (gated: twice that), T R and T^2 / 2, with a transcoder
+of F features m F (2 m F) and F^2 / 2. Beyond R = 16,384 and F = 8,192 what is open is taken one by one, and R and F
+are not in it. In float64 a gated MLP of m = 2,048 needs 71 MB, with a MOLT of N = 1 157 MB; of m = 10,240 1.7 and
+2.1 GB: there float32 halves it.
 """
 
 from collections.abc import Mapping
@@ -105,7 +106,7 @@ class JacobianMeter:
         std_out: Float[Tensor, " d_out"] | None = None,
         covariance: Float[Tensor, "d_in d_in"] | None = None,
         controls: Mapping[str, Float[Tensor, "d_out d_in"]] | None = None,
-        block_tokens: int = 256,
+        block_tokens: int = 512,
         dtype: torch.dtype = torch.float64,
     ):
         if block_tokens < 1:
@@ -175,7 +176,7 @@ def jacobian_faithfulness(
     std_out: Float[Tensor, " d_out"] | None = None,
     covariance: Float[Tensor, "d_in d_in"] | None = None,
     controls: Mapping[str, Float[Tensor, "d_out d_in"]] | None = None,
-    block_tokens: int = 256,
+    block_tokens: int = 512,
     dtype: torch.dtype = torch.float64,
 ) -> JacobianFaithfulness:
     """The figures at the inputs x of a site; what `JacobianMeter` says of its arguments holds here.
@@ -208,7 +209,7 @@ def mean_jacobian(
     site: Site,
     x: Float[Tensor, "*batch d"],
     *,
-    block_tokens: int = 256,
+    block_tokens: int = 512,
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "d_out d_in"]:
     """E[J] of the true MLP over the tokens of x, in raw coordinates: the constant map nearest to all its Jacobians.

@@ -5,15 +5,16 @@ closed, never the surrogate that trains it; of a top-k none, its choice is const
 """
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from analysis.jacobian_terms import Dyads, Factors, Jacobians, Term, open_units
+from analysis.jacobian_terms import Dyads, Factors, Jacobians, OpenGroup, OpenRows, Term, open_units
 from analysis.true_mlp import Norm, Trace, TrueMLP, with_slope
 from cayley_interp.bottleneck import CayleySAE
 from molt_lens import LinearMap, MixtureOfDecoders, Molt, Replacement, SparseMap, Transcoder
@@ -21,6 +22,9 @@ from molt_lens.gates import BatchTopKGate
 
 STATIC_FEATURES = 8_192
 """A transcoder of more features is taken feature by open feature: its kernels would have that many rows."""
+
+STATIC_LATENTS = 16_384
+"""A MOLT of more, in all transforms, is taken transform by open transform: a kernel would have that many columns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,21 +129,26 @@ _Parts = Callable[[Tensor], tuple[list[Term], list[Dyads]]]
 
 
 def _of_molt(map: Molt, frame: Frame) -> _Parts:
-    """sum over open t of g_t U_t V_t + (U_t V_t x) e_t^T."""
-    ranks = tuple(map.ranks)
-    static = Factors(map.U * frame.out, frame.reads(map.V), ranks)
-    forward = Factors(static.writes, map.V, ranks)
+    """sum over open t of g_t U_t V_t + (U_t V_t x) e_t^T; the second has the coefficients V_t x on rows of U."""
+    static = Factors(map.U * frame.out, frame.reads(map.V), tuple(map.ranks))
     detectors = frame.reads(map.W_enc)
+    shared = detectors.repeat_interleave(torch.tensor(map.ranks, device=detectors.device), dim=0)
+    spread = Factors(static.writes, shared) if len(shared) <= STATIC_LATENTS else None
+    ends = list(itertools.accumulate(map.ranks))
 
     def at(x: Tensor) -> tuple[list[Term], list[Dyads]]:
         acts = _acts(map, x)
         unit, present = open_units(acts)
-        token = present.nonzero()[:, 0]
-        alone = x.new_zeros(len(token), map.n_units).scatter_(1, unit[present][:, None], 1)
         writes = x.new_zeros(*unit.shape, map.d_out)
-        writes[present] = forward.apply(alone, x[token])
+        groups = []
+        for t, (token, column) in enumerate(_places_of_units(unit, present, map.n_units)):
+            if len(token):
+                rows = slice(ends[t] - map.ranks[t], ends[t])
+                latents = x[token] @ map.V[rows].T
+                writes[token, column] = latents @ static.writes[rows]
+                groups.append(OpenGroup(token, rows, latents))
         reads = detectors[unit] * present[..., None]
-        return [Term(static, acts)], [Dyads(writes, reads, present, (detectors, unit))]
+        return [Term(static, acts)], [Dyads(writes, reads, present, spread and OpenRows(spread, groups))]
 
     return at
 
@@ -178,6 +187,17 @@ def _of_mixture(map: MixtureOfDecoders, frame: Frame) -> _Parts:
 def _acts(map: SparseMap, x: Tensor) -> Float[Tensor, "token unit"]:
     """Of x about the centre; open units have acts above 0, and there every gate's value is its argument."""
     return map.gate(x @ map.W_enc.T + map.b_enc)
+
+
+def _places_of_units(
+    unit: Int64[Tensor, "token dyad"], present: Bool[Tensor, "token dyad"], n_units: int
+) -> Iterator[tuple[Int64[Tensor, " pair"], Int64[Tensor, " pair"]]]:
+    """Of each unit, the tokens and the columns at which it is open."""
+    token, column = present.nonzero(as_tuple=True)
+    of_place = unit[present]
+    order = of_place.argsort(stable=True)
+    counts = of_place.bincount(minlength=n_units).tolist()
+    return zip(token[order].split(counts), column[order].split(counts), strict=True)
 
 
 def _one_dyad(writes: Float[Tensor, "token d_out"], reads: Float[Tensor, "token d_in"]) -> Dyads:

@@ -10,19 +10,18 @@ that are the token's own. Hence
     <J, J'> = c^T ((W W'^T) * (R R'^T)) c' + sum_j' p_j' . J_static q_j' + sum_j p_j . J'_static q_j
               + sum_jj' (p_j . p_j')(q_j . q_j'),
 
-where the kernel, the first bracket, is made once. A map whose outputs a token scales, diag(l) sum_i c_i w_i r_i^T, has
-no such kernel: `row_products` takes its rows a few at a time.
+where the kernel, the first bracket, is made once. Dyads that are sums over a few open rows of static factors, as those
+of a MOLT are, have a kernel with other static factors too, of whose rows each token meets its own. A map whose
+outputs a token scales, diag(l) sum_i c_i w_i r_i^T, has none: `row_products` takes its rows a few at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-
-from molt_lens.molt import DENSE_ABOVE
-from molt_lens.transforms import active_transforms, dense_transforms
 
 NUMBERS_AT_A_TIME = 2**23
 """Size of the largest temporary tensor: 64 MiB in float64."""
@@ -56,50 +55,34 @@ class Factors:
             return c
         return c.repeat_interleave(torch.tensor(self.ranks, device=c.device), dim=-1, output_size=len(self.reads))
 
-    def apply(self, c: Float[Tensor, "pair unit"], v: Float[Tensor, "pair d_in"]) -> Float[Tensor, "pair d_out"]:
-        """sum_i c_i w_i (r_i . v); of units with ranks, for the open ones only."""
-        if self.ranks is None:
-            return self.write((v @ self.reads.T).mul_(c))
-        opened = c != 0
-        ranks = list(self.ranks)
-        if (opened.double() @ c.new_tensor(ranks).double()).sum() > DENSE_ABOVE * len(c) * len(self.reads):
-            return dense_transforms(c, v, self.writes, self.reads, ranks)
-        return active_transforms(c, v, self.writes, self.reads, ranks, opened)
+    def apply(self, c: Float[Tensor, "pair branch_row"], v: Float[Tensor, "pair d_in"]) -> Float[Tensor, "pair d_out"]:
+        """sum_i c_i w_i (r_i . v), for factors without ranks."""
+        return self._over_branches((v @ self.reads.T).mul_(c)) @ self.writes
 
     def pairing(
-        self,
-        c: Float[Tensor, "pair unit"],
-        p: Float[Tensor, "pair d_out"],
-        products: Callable[[Tensor | slice, slice], Tensor],
+        self, c: Float[Tensor, "pair unit"], p: Float[Tensor, "pair d_out"], q: Float[Tensor, "pair d_in"]
     ) -> Float[Tensor, " pair"]:
-        """sum_i c_i (w_i . p)(r_i . q); of units with ranks, for the open ones only.
-
-        Args:
-            products: gives the r_i . q of some pairs and some rows i.
-        """
+        """sum_i c_i (w_i . p)(r_i . q); of units with ranks, for the open ones only."""
         if self.ranks is None:
-            rows = products(slice(None), slice(None)) * c
-            return (rows.unflatten(-1, (-1, len(self.writes))).sum(-2) * (p @ self.writes.T)).sum(-1)
+            return (self._over_branches((q @ self.reads.T).mul_(c)) * (p @ self.writes.T)).sum(-1)
         total, start = p.new_zeros(len(p)), 0
         for unit, rank in enumerate(self.ranks):
             pairs, rows = c[:, unit].nonzero()[:, 0], slice(start, start + rank)
             if len(pairs):
-                along = ((p[pairs] @ self.writes[rows].T) * products(pairs, rows)).sum(-1)
+                along = ((p[pairs] @ self.writes[rows].T) * (q[pairs] @ self.reads[rows].T)).sum(-1)
                 total.index_add_(0, pairs, c[pairs, unit] * along)
             start += rank
         return total
 
-    def write(self, rows: Float[Tensor, "*batch branch_row"]) -> Float[Tensor, "*batch d_out"]:
-        """sum_i rows_i w_i, over all branches."""
-        branches = len(self.reads) // len(self.writes)
-        return rows.unflatten(-1, (branches, len(self.writes))).sum(-2) @ self.writes
+    def _over_branches(self, rows: Float[Tensor, "*batch branch_row"]) -> Float[Tensor, "*batch row"]:
+        return rows.unflatten(-1, (-1, len(self.writes))).sum(-2)
 
     def read_back(
         self, c: Float[Tensor, "token branch_row"], u: Float[Tensor, "token d_out"]
     ) -> Float[Tensor, "token d_in"]:
         """sum_i c_i r_i (w_i . u), for factors without ranks."""
-        branches = len(self.reads) // len(self.writes)
-        return (c * (u @ self.writes.T).repeat(1, branches)) @ self.reads
+        written = c.unflatten(-1, (-1, len(self.writes))) * (u @ self.writes.T)[..., None, :]
+        return written.flatten(-2) @ self.reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +92,24 @@ class Dyads:
     writes: Float[Tensor, "token dyad d_out"]
     reads: Float[Tensor, "token dyad d_in"]
     present: Bool[Tensor, "token dyad"]
-    table: tuple[Float[Tensor, "entry d_in"], Int64[Tensor, "token dyad"]] | None = None
-    """Where reads are a few static vectors: these and which one each is, so that static rows meet each once."""
+    rows: "OpenRows | None" = None
+    """The same sum over rows of static factors, where it is one."""
+
+
+class OpenGroup(NamedTuple):
+    """Tokens at which the same rows are open, and their coefficients there."""
+
+    tokens: Int64[Tensor, " pair"]
+    rows: slice
+    c: Float[Tensor, "pair row"]
+
+
+@dataclass(frozen=True, eq=False)
+class OpenRows:
+    """sum_i c_i w_i r_i^T over a few rows at each token, of factors without ranks."""
+
+    factors: Factors
+    groups: list[OpenGroup]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,21 +144,24 @@ class Kernels:
     def __init__(self):
         self._pairs: dict[tuple[int, int], Tensor] = {}
         self._triangles: dict[int, list[Tensor]] = {}
-        self._tables: dict[tuple[int, int], Tensor] = {}
         self._alive: dict[int, object] = {}  # so that no id is given to another object
 
     def bilinear(self, one: Term, other: Term) -> Float[Tensor, " token"]:
         """Inner products of two terms, token by token."""
-        key = (id(one.factors), id(other.factors))
-        if key[::-1] in self._pairs:
+        if (id(other.factors), id(one.factors)) in self._pairs:
             return self.bilinear(other, one)
-        if key not in self._pairs:
-            self._keep(one.factors, other.factors)
-            self._pairs[key] = _kernel(one.factors, other.factors)
-        kernel = self._pairs[key]
+        kernel = self._pair(one.factors, other.factors)
         if kernel.shape[0] < kernel.shape[1]:
             return ((one.c @ kernel) * other.c).sum(-1)
         return ((other.c @ kernel.T) * one.c).sum(-1)
+
+    def with_rows(self, term: Term, opened: OpenRows) -> Float[Tensor, " token"]:
+        """Inner products of a term with open rows: of the kernel each token meets its own."""
+        kernel = self._pair(opened.factors, term.factors)
+        total = term.c.new_zeros(len(term.c))
+        for tokens, rows, c in opened.groups:
+            total.index_add_(0, tokens, ((term.c[tokens] @ kernel[rows].T) * c).sum(-1))
+        return total
 
     def quadratic(self, term: Term) -> Float[Tensor, " token"]:
         """Squared norms of a term."""
@@ -170,25 +172,23 @@ class Kernels:
         total = term.c.new_zeros(len(term.c))
         start = 0
         for rows in self._triangles[key]:
-            total += ((term.c[:, start : start + len(rows)] @ rows) * term.c[:, start:]).sum(-1)
+            total += ((term.c[:, start:] @ rows.T) * term.c[:, start : start + len(rows)]).sum(-1)
             start += len(rows)
         return total
-
-    def with_table(self, factors: Factors, table: Float[Tensor, "entry d_in"]) -> Float[Tensor, "entry branch_row"]:
-        """r_i . q for every row and every entry of a table of reads."""
-        key = (id(factors), id(table))
-        if key not in self._tables:
-            self._keep(factors, table)
-            self._tables[key] = table @ factors.reads.T
-        return self._tables[key]
 
     def nbytes(self) -> int:
         kept = [
             *self._pairs.values(),
-            *self._tables.values(),
             *(rows for triangle in self._triangles.values() for rows in triangle),
         ]
         return sum(kernel.nbytes for kernel in kept)
+
+    def _pair(self, one: Factors, other: Factors) -> Float[Tensor, "unit other_unit"]:
+        key = (id(one), id(other))
+        if key not in self._pairs:
+            self._keep(one, other)
+            self._pairs[key] = _kernel(one, other)
+        return self._pairs[key]
 
     def _keep(self, *objects: object) -> None:
         self._alive |= {id(o): o for o in objects}
@@ -270,25 +270,15 @@ def _zeros(one: Jacobians) -> Tensor:
 
 def _term_with_dyads(term: Term, dyads: Dyads, kernels: Kernels) -> Float[Tensor, " token"]:
     """sum_j p_j . (J q_j): only dyads that are there are multiplied, some at a time."""
+    if dyads.rows is not None:
+        return kernels.with_rows(term, dyads.rows)
     factors, total = term.factors, term.c.new_zeros(len(term.c))
     tokens, columns = dyads.present.nonzero(as_tuple=True)
     at_a_time = max(1, NUMBERS_AT_A_TIME // len(factors.reads))
     for token, column in zip(tokens.split(at_a_time), columns.split(at_a_time), strict=True):
-        if dyads.table is None or factors.ranks is not None:  # of open units only, few rows are met
-            products = _products_of(factors, dyads.reads[token, column])
-        else:
-            table, entries = dyads.table
-            products = _products_from(kernels.with_table(factors, table), entries[token, column])
-        total.index_add_(0, token, factors.pairing(term.c[token], dyads.writes[token, column], products))
+        p, q = dyads.writes[token, column], dyads.reads[token, column]
+        total.index_add_(0, token, factors.pairing(term.c[token], p, q))
     return total
-
-
-def _products_of(factors: Factors, q: Tensor) -> Callable[[Tensor | slice, slice], Tensor]:
-    return lambda pairs, rows: q[pairs] @ factors.reads[rows].T
-
-
-def _products_from(products: Tensor, entry: Tensor) -> Callable[[Tensor | slice, slice], Tensor]:
-    return lambda pairs, rows: products[entry[pairs], rows]
 
 
 def _dyads_with_dyads(a: Dyads, b: Dyads) -> Float[Tensor, " token"]:

@@ -1,5 +1,12 @@
-"""The figures of the mathematics, drawn from the algebra itself at every build; greys that suit light and dark."""
+"""The site's own figures, drawn at every build: the mathematics from the algebra itself, speed from its measurements.
 
+Greys that suit light and dark.
+"""
+
+import json
+from html import escape
+from itertools import groupby
+from math import log10
 from pathlib import Path
 
 import torch
@@ -19,6 +26,8 @@ def write_figures(app: Sphinx) -> None:
     spectra = {name: CayleyDictionary(t=7, n=12, map=name) for name in ("gold", "random")}
     write_if_changed(folder / "inner_products.svg", inner_products(spectra))
     write_if_changed(folder / "molt.svg", molt())
+    bench = Path(app.srcdir) / "results" / "bench.json"
+    write_if_changed(folder / "bounds.svg", bounds(json.loads(bench.read_text())["rows"]))
 
 
 def dictionary(small: CayleyDictionary) -> str:
@@ -100,6 +109,42 @@ def molt() -> str:
         )
         drawn.append(label(430, y - 4, str(rank), "start", colour))
     return svg(width, bottom + 4, drawn)
+
+
+def bounds(rows: list[dict]) -> str:
+    """How many times its bound each implementation takes, on a logarithmic scale: the bound is the line at the left.
+
+    A training step is not in it: with and without the bottleneck are two models, not two ways to the same numbers.
+    """
+    width, left, right, step, decades = 990, 425, 715, 20, 5
+    drawn, y = [], 10
+
+    def place(times: float) -> float:
+        return left + (right - left) * log10(times) / decades
+
+    rows = [row for row in rows if "of_bound" in row and row["operation"] != "Training step"]
+    for operation, group in groupby(rows, key=lambda row: row["operation"]):
+        y += step + 6
+        drawn.append(label(0, y, escape(operation)))
+        for (shape, dtype, device), case in groupby(group, key=lambda row: (row["shape"], row["dtype"], row["device"])):
+            y += step
+            own = list(case)
+            fastest = max(own, key=lambda row: row["ratio"])
+            drawn.append(label(left - 12, y + 4, escape(f"{shape}, {dtype}, {device}"), "end"))
+            drawn.append(f'<path d="M{left} {y}H{right}" stroke="{INK}" stroke-opacity="0.25"/>')
+            for row in own:
+                colour = WARM if row is fastest else COOL if row["implementation"] == row["baseline"] else INK
+                drawn.append(f'<circle cx="{place(1 / row["of_bound"]):.1f}" cy="{y}" r="4.5" fill="{colour}"/>')
+            gained = f"{fastest['implementation']}: {fastest['ratio']:.3g}x"
+            drawn.append(label(right + 12, y + 4, escape(gained), "start", WARM))
+    for power in range(decades + 1):
+        x = place(10**power)
+        drawn.append(f'<path d="M{x} 16V{y + 12}" stroke="{INK}" stroke-opacity="{1 if power == 0 else 0.25}"/>')
+        drawn.append(label(x, y + 28, f"10{'⁰¹²³⁴⁵⁶⁷'[power]}", "middle"))
+    drawn.append(label((left + right) / 2, y + 48, "times its bound", "middle"))
+    drawn += [label(left, 8, "bound", "middle"), label(right, 8, "baseline", "end", COOL)]
+    drawn.append(label(right + 12, 8, "fastest, against the baseline", "start", WARM))
+    return svg(width, y + 56, drawn)
 
 
 def rect(x: float, y: float, width: float, height: float, fill: str, opacity: float) -> str:

@@ -125,6 +125,18 @@ def test_a_large_transcoder_is_taken_by_its_open_features(gemma, x, monkeypatch)
     assert_figures(meter.result(), figures_of(static))
 
 
+def test_a_large_molt_is_taken_by_its_open_transforms(gemma, x, monkeypatch):
+    replacement = replacement_of("molt-skip", "batchtopk:2", x, D)
+    meter = JacobianMeter(gemma, POST_NORM, replacement)
+    meter.add(x)
+    kept = meter.static_bytes()
+    monkeypatch.setattr(jacobian_maps, "STATIC_LATENTS", 10)
+    other = JacobianMeter(gemma, POST_NORM, replacement)
+    other.add(x)
+    assert_figures(other.result(), figures_of(meter.result()))
+    assert other.static_bytes() < kept
+
+
 def figures_of(found) -> dict:
     return {name: getattr(found, name) for name in ("cosine", "relative_error", "norm_ratio")}
 

@@ -12,6 +12,8 @@ from analysis.jacobian_terms import (
     Factors,
     Jacobians,
     Kernels,
+    OpenGroup,
+    OpenRows,
     Term,
     inner,
     open_units,
@@ -42,10 +44,23 @@ def term(kind: str) -> Term:
 def dyads(kind: str) -> Dyads:
     present = torch.rand(N, 3) < 0.6
     writes = randn(N, 3, D_OUT) * present[..., None]
-    if kind == "table":
-        table, entry = randn(4, D_IN), torch.randint(0, 4, (N, 3))
-        return Dyads(writes, table[entry] * present[..., None], present, (table, entry))
+    if kind == "rows":
+        return dyads_of_open_rows()
     return Dyads(writes, randn(N, 3, D_IN) * present[..., None], present)
+
+
+def dyads_of_open_rows() -> Dyads:
+    """Three units of 2, 1 and 3 rows; the rows of a unit share what they read, so that a unit is one dyad."""
+    present = torch.rand(N, 3) < 0.6
+    factors = Factors(randn(6, D_OUT), randn(3, D_IN)[torch.tensor([0, 0, 1, 2, 2, 2])])
+    writes, groups = torch.zeros(N, 3, D_OUT, dtype=torch.float64), []
+    for unit, rows in enumerate((slice(0, 2), slice(2, 3), slice(3, 6))):
+        tokens = present[:, unit].nonzero()[:, 0]
+        c = randn(len(tokens), rows.stop - rows.start)
+        writes[tokens, unit] = c @ factors.writes[rows]
+        groups.append(OpenGroup(tokens, rows, c))
+    reads = factors.reads[[0, 2, 3]] * present[..., None]
+    return Dyads(writes, reads, present, OpenRows(factors, groups))
 
 
 def full(one: Jacobians) -> Tensor:
@@ -64,7 +79,7 @@ def full(one: Jacobians) -> Tensor:
 
 parts = st.tuples(
     st.lists(st.sampled_from(["plain", "gated", "ranks"]), max_size=3),
-    st.lists(st.sampled_from(["own", "table"]), max_size=2),
+    st.lists(st.sampled_from(["own", "rows"]), max_size=2),
 ).filter(lambda lists: bool(lists[0] or lists[1]))
 
 

@@ -12,7 +12,7 @@ from tests.benchmarks.measure import DTYPES, Bound, Call, Group
 from tests.molt_lens.host_models import shake_vectors
 
 NOTES = [
-    "Jacobian faithfulness: the closed form takes tokens in blocks of 256, jacrev four at a time; what is the same for "
+    "Jacobian faithfulness: the closed form takes tokens in blocks of 512, jacrev four at a time; what is the same for "
     "all tokens is made before. The bound is the MLP's forward pass and the quadratic form of half a [2m, 2m] kernel.",
 ]
 
