@@ -116,7 +116,7 @@ def bounds(rows: list[dict]) -> str:
 
     A training step is not in it: with and without the bottleneck are two models, not two ways to the same numbers.
     """
-    width, left, right, step, decades = 990, 425, 715, 20, 5
+    width, left, right, step, decades = 850, 425, 640, 20, 5
     drawn, y = [], 10
 
     def place(times: float) -> float:
