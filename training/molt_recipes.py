@@ -100,7 +100,8 @@ class MoltRun:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto` takes a GPU where there is one."""
     backend: Backend = "auto"
-    """Kernels of the bottleneck: `auto` is Triton on a GPU where it is installed, else `torch`; `triton` insists."""
+    """Kernels of the MOLT and of a host's bottlenecks: `auto` is Triton on a GPU where it is installed, else `torch`;
+    `triton` insists."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16 or fp16 autocast of the map, fp16 with a loss scaler (GPU only)."""
     log_every: int = 10

@@ -1,23 +1,35 @@
 """The benchmarks' own arithmetic: what is compared, what a row says, what is kept of a device that is not here."""
 
-import time
 from collections import Counter
+from itertools import chain, repeat
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.benchmarks import __main__ as command
+from tests.benchmarks import measure as measure_module
 from tests.benchmarks import results
 from tests.benchmarks.cases import groups_of
 from tests.benchmarks.measure import Bound, Group, bound_seconds, gemm_rate, measure
 
 
-def sleeper(seconds: float, tokens: int | None = None):
-    def call() -> int | None:
-        time.sleep(seconds)
-        return tokens
+@pytest.fixture
+def sleeper(monkeypatch):
+    """Cases whose calls take exactly as long as they say, the last one again and again, by a clock of their own."""
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(measure_module, "time", clock)
 
-    return lambda: call
+    def make(*seconds: float, tokens: int | None = None):
+        lengths = chain(seconds, repeat(seconds[-1]))
+
+        def call() -> int | None:
+            clock.now += next(lengths)
+            return tokens
+
+        return lambda: call
+
+    return make
 
 
 def broken():
@@ -25,23 +37,29 @@ def broken():
 
 
 def group(**cases) -> Group:
-    return Group("sleep", "one", "fp32", cases or {"slow": sleeper(0.04), "fast": sleeper(0.01)}, tokens=100, rounds=3)
+    return Group("sleep", "one", "fp32", cases, tokens=100, rounds=3)
 
 
-def test_a_case_is_compared_with_the_first():
-    slow, fast = measure(group(), "cpu")
+def test_a_case_is_compared_with_the_first(sleeper):
+    slow, fast = measure(group(slow=sleeper(0.04), fast=sleeper(0.01)), "cpu")
     assert slow["ratio"] == 1
-    assert fast["ratio"] == pytest.approx(4, rel=0.2)
-    assert fast["tokens_per_second"] == pytest.approx(10_000, rel=0.2)
-    assert fast["ms_range"][0] <= fast["ms"] <= fast["ms_range"][1]
+    assert fast["ratio"] == pytest.approx(4)
+    assert fast["tokens_per_second"] == pytest.approx(10_000)
+    assert [fast["ms"], *fast["ms_range"]] == pytest.approx([10, 10, 10])
 
 
-def test_cases_that_go_through_different_numbers_are_compared_by_the_token():
+def test_a_figure_is_the_median_and_has_its_range(sleeper):
+    to_warm_up = 0.9, 0.8
+    (row,) = measure(group(uneven=sleeper(*to_warm_up, 0.01, 0.05, 0.02)), "cpu")
+    assert [row["ms"], *row["ms_range"]] == pytest.approx([20, 10, 50])
+
+
+def test_cases_that_go_through_different_numbers_are_compared_by_the_token(sleeper):
     cases = {"slow": sleeper(0.02, tokens=10), "fast": sleeper(0.02, tokens=40)}
     slow, fast = measure(Group("sleep", "one", "fp32", cases, Bound(flops=1e9), tokens=40, rounds=3), "cpu")
-    assert fast["ratio"] == pytest.approx(4, rel=0.2)
-    assert fast["of_bound"] == pytest.approx(4 * slow["of_bound"], rel=0.2)
-    assert fast["of_bound"] == pytest.approx(1e9 / gemm_rate("cpu", "fp32") / 0.02, rel=0.2)
+    assert fast["ratio"] == pytest.approx(4)
+    assert fast["of_bound"] == pytest.approx(4 * slow["of_bound"])
+    assert fast["of_bound"] == pytest.approx(1e9 / gemm_rate("cpu", "fp32") / 0.02)
 
 
 def test_the_slower_bound_counts():
@@ -51,11 +69,11 @@ def test_the_slower_bound_counts():
     assert bound_seconds(multiplied, "cpu") == ("GEMM", 1e9 / gemm_rate("cpu", "fp32"))
 
 
-def test_what_fails_says_so_and_the_others_go_on(tmp_path):
+def test_what_fails_says_so_and_the_others_go_on(sleeper, tmp_path):
     rows = measure(group(slow=sleeper(0.01), broken=broken, fast=sleeper(0.01)), "cpu")
     assert rows[1]["error"] == "RuntimeError: no kernel image"
-    assert rows[2]["ratio"] == pytest.approx(1, rel=0.2)
-    own = {"cpu": [group(slow=broken, broken=broken, fast=broken)], "cuda": [group()]}
+    assert rows[2]["ratio"] == pytest.approx(1)
+    own = {"cpu": [group(slow=broken, broken=broken, fast=broken)], "cuda": [group(slow=broken, fast=broken)]}
     results.write(tmp_path, results.merged(results.read(tmp_path), rows, "cpu", "make bench", own), ["A note."])
     page = (tmp_path / "bench.md").read_text()
     assert "| broken | failed: RuntimeError: no kernel image |" in page
@@ -64,8 +82,9 @@ def test_what_fails_says_so_and_the_others_go_on(tmp_path):
     assert "- A note." in page
 
 
-def test_rows_of_another_device_and_of_other_benchmarks_stay(tmp_path):
-    first, other = group(), Group("wait", "one", "fp32", {"slow": sleeper(0.01)}, rounds=1)
+def test_rows_of_another_device_and_of_other_benchmarks_stay(sleeper, tmp_path):
+    first = group(slow=sleeper(0.04), fast=sleeper(0.01))
+    other = Group("wait", "one", "fp32", {"slow": sleeper(0.01)}, rounds=1)
     groups = {"cpu": [first, other], "cuda": []}
     for one in (first, other):
         found = results.merged(results.read(tmp_path), measure(one, "cpu", 1), "cpu", "make bench", groups)
