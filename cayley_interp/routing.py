@@ -25,8 +25,8 @@ class Standardiser(NamedTuple):
 
     def z(self, scores: Float[Tensor, "n k"], indices: Int64[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """z of the given features; differentiable in scores and in whatever the fields were made from."""
-        scale = self.scale[0][indices] if self.scale.shape[1] > 1 else self.scale
-        z = scores * scale + self.shift[0][indices]
+        scale = _at(self.scale, indices) if self.scale.shape[1] > 1 else self.scale
+        z = scores * scale + _at(self.shift, indices)
         return z if self.offset is None else z + self.offset
 
 
@@ -142,6 +142,11 @@ def child_scores_by_transform(
     n_children = level[0].numel() >> n_parent
     children = parents[:, :, None] | (torch.arange(n_children, device=x.device) << n_parent)
     return level.flatten(1).gather(-1, children.flatten(1)).view(children.shape)
+
+
+def _at(a: Float[Tensor, "1 size"], indices: Int64[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """a[0][indices]; but of that expression threads of a CPU add up the gradient in whatever order they arrive."""
+    return a[0].index_select(0, indices.flatten()).view(indices.shape)
 
 
 def _by_parent(a: Tensor, n_parent: int) -> Tensor:

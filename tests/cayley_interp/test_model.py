@@ -125,6 +125,29 @@ def test_generation_is_seeded_and_slides():
     assert greedy[0, -1] == model(tokens(1, 10))[0, -1].argmax()
 
 
+@pytest.mark.parametrize("standardize", ["feature", "token", "none"])
+@pytest.mark.parametrize("routing", ["per_parent", "parents"])
+def test_two_threads_add_up_gradients_in_one_order(routing, standardize):
+    """What bit-identical runs rest on: large enough that every operation is shared between the threads."""
+    options = {"d_model": 128, "n_ctx": 128, "score_standardize": standardize, "routing": routing}
+    model = make("7,8,0;12,16,32", **options).float().train()
+    ids = torch.randint(50, (16, 128))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = [gradients_of(model, ids) for _ in range(4)]
+    finally:
+        torch.set_num_threads(threads)
+    for again in gradients[1:]:
+        assert [name for name, gradient in again.items() if not torch.equal(gradient, gradients[0][name])] == []
+
+
+def gradients_of(model: CayleyGPT, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    token_losses(model(ids), ids).mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def test_a_context_too_long_is_named():
     with pytest.raises(ValueError, match="13 tokens are more than the model's n_ctx=12"):
         make()(tokens(1, 13))
